@@ -1,0 +1,246 @@
+"""Every setting of a run: one typed, frozen tree. Each field states its meaning, unit and default.
+
+Field names follow the papers: streams (ParScale, arXiv 2505.10475), experts (routed LMs, arXiv 2202.01169),
+blocks (AltUp, arXiv 2301.13310). Checks that need more than one field are in `megascale.config.checks`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Node(BaseModel):
+    """A part of the tree: frozen, unknown keys refused, no silent type changes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def field(default, meaning: str, **limits):
+    """A setting with its default, its meaning (with the unit) and its limits."""
+    return Field(default, description=meaning, **limits)
+
+
+class Rotary(Node):
+    """Rotary position embedding (arXiv 2104.09864) and its long-context scalings."""
+
+    theta: float = field(10000.0, "base of the wave lengths", gt=1)
+    scaling: Literal["none", "llama3", "yarn"] = field("none", "long-context scaling of the frequencies")
+    factor: float = field(1.0, "llama3, yarn: by how much the context grows", ge=1)
+    original_context: int = field(8192, "llama3, yarn: context length before scaling, tokens", gt=0)
+    low_frequency_factor: float = field(1.0, "llama3: below this many turns per context, frequencies are divided by factor", gt=0)
+    high_frequency_factor: float = field(4.0, "llama3: above this many turns per context, frequencies stay", gt=0)
+    beta_fast: float = field(32.0, "yarn: turns per context above which frequencies stay", gt=0)
+    beta_slow: float = field(1.0, "yarn: turns per context below which frequencies are divided by factor", gt=0)
+
+
+class Streams(Node):
+    """ParScale: P streams share all weights; prefixes make them differ, an aggregator joins them."""
+
+    count: int = field(1, "P, number of parallel streams; 1 = plain model", ge=1, le=64)
+    prefix_tokens: int = field(48, "n, learned key/value slots per layer and stream", ge=1)
+    smoothing: float = field(0.1, "eps of the aggregator: weights are w(1-eps) + eps/P", ge=0, lt=1)
+
+
+class Experts(Node):
+    """Routed feed-forward layers: E experts, k per token, dropless."""
+
+    count: int = field(1, "E, number of experts; 1 = dense feed-forward", ge=1)
+    per_token: int = field(1, "k, experts each token is sent to", ge=1)
+    every: int = field(1, "route every n-th layer", ge=1)
+    offset: int = field(0, "first routed layer", ge=0)
+    width: int | None = field(None, "hidden width of one expert; none = model.ffn_width", gt=0)
+    shared: int = field(0, "experts that see every token, beside the routed ones", ge=0)
+    router: Literal["softmax"] = field("softmax", "softmax: top-k of the softmax over experts")
+    balance_loss: float = field(0.01, "weight of the balance loss E*sum(f*p)", ge=0)
+    z_loss: float = field(0.001, "weight of the router z-loss, mean of logsumexp^2", ge=0)
+    scope: Literal["global", "rank"] = field("global", "tokens over which balance is counted: the global micro-batch, or one rank's")
+
+
+class AltUp(Node):
+    """Recycled-AltUp: the residual has K blocks; a layer computes on one, predicts and corrects the others."""
+
+    blocks: int = field(1, "K, residual blocks of width d; 1 = plain residual", ge=1, le=8)
+    read: Literal["old", "predicted"] = field("old", "block the layer reads: before (paper) or after the prediction (Gemma 3n)")
+    select: Literal["alternating", "same"] = field("alternating", "computed block of layer l: l mod K, or always 0")
+
+
+class Model(Node):
+    """A decoder: RMSNorm, rotary, grouped-query attention, SwiGLU, and the three scaling axes."""
+
+    vocab_size: int | None = field(None, "rows of the embedding; none = the tokenizer's size", gt=0)
+    width: int = field(256, "d, width of the residual (of one block)", gt=0)
+    layers: int = field(4, "L, number of layers", gt=0)
+    heads: int = field(4, "H, query heads", gt=0)
+    kv_heads: int | None = field(None, "key/value heads; none = heads", gt=0)
+    head_dim: int | None = field(None, "width of a head; none = width / heads", gt=0)
+    ffn_width: int | None = field(None, "hidden width of the feed-forward; none = 8/3 width, rounded up to a multiple of 64", gt=0)
+    norm_eps: float = field(1e-6, "epsilon of RMSNorm", gt=0)
+    qkv_bias: bool = field(False, "bias on q, k, v (Qwen2)")
+    qk_norm: bool = field(False, "RMSNorm on each head's q and k (Qwen3)")
+    sliding_window: int | None = field(None, "a token sees itself and this many tokens less one before it; none = all", gt=0)
+    tie_embeddings: bool = field(False, "the head is the embedding")
+    init_std: float = field(0.02, "standard deviation of the initial weights", gt=0)
+    rotary: Rotary = Rotary()
+    streams: Streams = Streams()
+    experts: Experts = Experts()
+    altup: AltUp = AltUp()
+
+
+class Source(Node):
+    """One corpus: a folder made by `megascale prepare`, or a Megatron `.bin`/`.idx` pair read in place."""
+
+    path: str = Field(description="folder of a prepared corpus, or the common prefix of PATH.bin and PATH.idx")
+    weight: float = field(1.0, "share of the sequences, relative to the other sources", gt=0)
+
+
+class Data(Node):
+    """What the model reads."""
+
+    sources: tuple[Source, ...] = field((Source(path="data/stdlib"),), "corpora, blended by weight", min_length=1)
+    tokenizer: str | None = field(None, "tokenizer.json to check ids and decode text; none = the one kept with the corpus")
+    sequence_length: int = field(512, "S, tokens per sequence", gt=1)
+    attention: Literal["document", "causal"] = field("document", "document: attention is cut at document borders; causal: it is not")
+    validation_fraction: float = field(0.01, "Megatron pairs only: share of documents held out (prepared corpora carry their split)", ge=0, lt=1)
+
+
+class BatchStage(Node):
+    """A smaller batch at the start of training."""
+
+    steps: int = Field(description="steps trained with this batch", gt=0)
+    sequences: int = Field(description="sequences per step", gt=0)
+
+
+class Batch(Node):
+    """The global batch, independent of the layout: sequences per rank follow from it."""
+
+    sequences: int = field(16, "sequences per step, over all ranks", gt=0)
+    micro_batches: int = field(1, "micro-batches a step is cut into; gradients are summed over them", gt=0)
+    ramp: tuple[BatchStage, ...] = field((), "batches before the full one, in order")
+
+
+class ParameterGroup(Node):
+    """Settings for the parameters whose names match; the first matching group wins."""
+
+    pattern: str = Field(description="shell pattern of parameter names, for example layers.*.attention.prefix_*")
+    lr_scale: float = field(1.0, "multiplies the learning rate", ge=0)
+    weight_decay: float | None = field(None, "none = the optimizer's for matrices, 0 for vectors and scalars", ge=0)
+    frozen: bool = field(False, "not trained")
+
+
+class Muon(Node):
+    """Muon for whole weight matrices inside the layers; the rest stays with AdamW."""
+
+    lr: float = field(0.02, "learning rate of the matrices", gt=0)
+    momentum: float = field(0.95, "momentum", ge=0, lt=1)
+    weight_decay: float = field(0.0, "decoupled weight decay", ge=0)
+    iterations: int = field(5, "Newton-Schulz iterations", gt=0)
+
+
+class Optimizer(Node):
+    """Optimizer: AdamW, or Muon for matrices with AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = field("adamw", "adamw, or muon")
+    lr: float = field(3e-4, "peak learning rate of AdamW", gt=0)
+    betas: tuple[float, float] = field((0.9, 0.95), "AdamW's decay of the first and second moment")
+    eps: float = field(1e-8, "AdamW's epsilon", gt=0)
+    weight_decay: float = field(0.1, "decoupled weight decay of matrices", ge=0)
+    clip: float | None = field(1.0, "largest global gradient norm; none = no clipping", gt=0)
+    muon: Muon | None = field(None, "settings of Muon; none = its defaults; refused with name: adamw")
+    groups: tuple[ParameterGroup, ...] = field((), "settings by parameter name, before the built-in groups")
+
+
+class Schedule(Node):
+    """Length of the run and shape of the learning rate."""
+
+    steps: int = field(1000, "optimizer steps", gt=0)
+    warmup_steps: int = field(100, "steps of linear warm-up", ge=0)
+    shape: Literal["cosine", "wsd", "constant"] = field("cosine", "cosine, wsd (warm-up, stable, linear decay), or constant")
+    decay_steps: int | None = field(None, "wsd: steps of decay at the end; none = a fifth of the steps", gt=0)
+    final_lr: float = field(0.1, "learning rate at the end, as a share of the peak", ge=0, le=1)
+
+
+class Parallel(Node):
+    """Layout: world = pp x dp x stream x cp x tp. Experts are spread over ep of those ranks."""
+
+    dp: int | None = field(None, "data-parallel ranks; none = world / the other axes", gt=0)
+    pp: int = field(1, "pipeline stages", gt=0)
+    stream: int = field(1, "stream-parallel ranks", gt=0)
+    cp: int = field(1, "context-parallel ranks", gt=0)
+    tp: int = field(1, "tensor-parallel ranks", gt=0)
+    ep: int = field(1, "expert-parallel ranks", gt=0)
+
+
+class Validation(Node):
+    """Loss on held-out documents."""
+
+    every: int = field(100, "steps between validations; also after the last step; 0 = never", ge=0)
+    sequences: int = field(64, "sequences read each time, always the same ones", gt=0)
+
+
+class Checkpoint(Node):
+    """What is kept on disk. The last step is always saved."""
+
+    every: int = field(500, "steps between checkpoints; 0 = only the last", ge=0)
+    keep_last: int = field(2, "newest checkpoints kept", ge=1)
+    keep_every: int = field(0, "checkpoints at multiples of this many steps are kept for good; 0 = none", ge=0)
+
+
+class Wandb(Node):
+    """Weights & Biases: a mirror of metrics.jsonl. A run never fails because of it."""
+
+    mode: Literal["auto", "online", "offline", "off"] = field("auto", "auto: online when logged in, else offline")
+    project: str = field("megascale", "project name")
+    entity: str | None = field(None, "team or user; none = the default of the account")
+    group: str | None = field(None, "group of runs")
+    tags: tuple[str, ...] = field((), "tags")
+    timeout_seconds: float = field(10.0, "how long the start may wait for the server, seconds", gt=0)
+
+
+class Observe(Node):
+    """What is shown and recorded."""
+
+    console_every: int = field(1, "steps between console lines", gt=0)
+    wandb: Wandb = Wandb()
+
+
+class Profile(Node):
+    """Profiling of a few steps; traces land in the run folder under logs/."""
+
+    steps: tuple[int, int] | None = field(None, "first and last step traced with torch.profiler; none = no trace")
+    memory: bool = field(False, "also write a memory snapshot of those steps (CUDA)")
+
+
+class Guard(Node):
+    """What happens to a bad step."""
+
+    nonfinite_in_a_row: int = field(5, "stop after this many steps in a row without a finite gradient; such steps change nothing", gt=0)
+    timeout_seconds: float = field(600.0, "a step or collective longer than this writes every rank's stacks to logs/ and stops, seconds", gt=0)
+
+
+class Run(Node):
+    """Name and place of the run."""
+
+    name: str = field("run", "name of the run and of its folder", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    folder: str = field("runs", "folder that holds the run folders")
+    seed: int = field(1, "seed of weights, sample order and sampling", ge=0)
+
+
+class Config(Node):
+    """A whole run."""
+
+    run: Run = Run()
+    model: Model = Model()
+    data: Data = Data()
+    batch: Batch = Batch()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    parallel: Parallel = Parallel()
+    precision: Literal["fp32", "bf16"] = field("fp32", "bf16: bf16 weights and activations with fp32 masters, norms and routers")
+    compile: Literal["auto", "on", "off"] = field("auto", "torch.compile of the layers; auto: where a compiler is found")
+    validation: Validation = Validation()
+    checkpoint: Checkpoint = Checkpoint()
+    observe: Observe = Observe()
+    profile: Profile = Profile()
+    guard: Guard = Guard()
