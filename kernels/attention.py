@@ -1,0 +1,244 @@
+"""Causal attention over packed documents, with ParScale prefixes merged by log-sum-exp; forward and backward on stock flash kernels.
+
+    o1, l1 = attention(q, k, v, causal inside each document)       o2, l2 = attention(q, prefix_k[p], prefix_v[p], no mask)
+    lse = logaddexp(l1, l2)                                        out = exp(l1 - lse) o1 + exp(l2 - lse) o2
+
+The backward of each part is the stock kernel's, called with the merged (out, lse) as ring attention does (arXiv 2310.01889), so no keys
+are concatenated, no mask is padded and prefixes need no copy per document.
+
+Shapes: T tokens (all documents one after the other), P streams, H query heads, G key/value heads, n prefix slots, D head width.
+Streams are folded into heads: head p*H + h belongs to stream p.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _math_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Pair:
+    """Plain attention of [B,H,S,D] with [B,G,N,D]; mask is [S,N], True where visible. Returns out [B,H,S,D] and lse [B,H,S] (fp32 or wider)."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = _wide(q) @ _wide(k).transpose(-1, -2) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    lse = scores.logsumexp(-1)
+    return ((scores - lse[..., None]).exp() @ _wide(v)).to(q.dtype), lse
+
+
+def _math_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `_math_forward` for a given (out, lse), which may be those of a larger softmax."""
+    heads, groups, scale = q.shape[1], k.shape[1], q.shape[-1] ** -0.5
+    wide_k, wide_v = (_wide(x).repeat_interleave(heads // groups, 1) for x in (k, v))
+    scores = _wide(q) @ wide_k.transpose(-1, -2) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = (scores - lse[..., None]).exp()
+    inner = _wide(grad) @ wide_v.transpose(-1, -2) - (_wide(grad) * _wide(out)).sum(-1, keepdim=True)
+    grad_scores = weights * inner * scale
+    grad_k, grad_v = grad_scores.transpose(-1, -2) @ _wide(q), weights.transpose(-1, -2) @ _wide(grad)
+    fold = (q.shape[0], groups, heads // groups, *grad_k.shape[2:])
+    return (grad_scores @ wide_k).to(q.dtype), grad_k.view(fold).sum(2).to(k.dtype), grad_v.view(fold).sum(2).to(v.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _window_mask(rows: int, window: int, device: torch.device) -> Tensor:
+    """[rows, rows], True where a query sees a key: itself and the window - 1 tokens before it."""
+    distance = torch.arange(rows, device=device)[:, None] - torch.arange(rows, device=device)
+    return (distance >= 0) & (distance < window)
+
+
+def _limited_mask(q: Tensor, window: int) -> Tensor:
+    """The window as the CPU kernel takes it: additive, fp32 or q's own width (an fp32 mask with fp64 q is misread in silence)."""
+    mask = torch.zeros(q.shape[2], q.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
+    return mask.masked_fill_(~_window_mask(q.shape[2], window, q.device), float("-inf"))[None, None]
+
+
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int = 0) -> Pair:
+    """Attention of [B,H,S,D] with [B,G,N,D] on the device's flash kernel, or plain maths where it has none. Returns (out, lse)."""
+    limited = causal and 0 < window < q.shape[2]
+    if q.device.type == "cpu":
+        mask = _limited_mask(q, window) if limited else None
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal and not limited, attn_mask=mask)
+    mask = _window_mask(q.shape[2], window if limited else q.shape[2], q.device) if causal else None
+    return _math_forward(q, k, v, mask)
+
+
+def _flash_backward(grad, q, k, v, out, lse, causal: bool, window: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    limited = causal and 0 < window < q.shape[2]
+    if q.device.type == "cpu":
+        mask = _limited_mask(q, window) if limited else None
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, causal and not limited, attn_mask=mask
+        )
+    mask = _window_mask(q.shape[2], window if limited else q.shape[2], q.device) if causal else None
+    return _math_backward(grad, q, k, v, out, lse, mask)
+
+
+def _segments(borders: Tensor) -> list[tuple[int, int, int]]:
+    """Runs of documents of equal length: (first token, number of documents, tokens of each). One kernel call serves a run."""
+    runs: list[tuple[int, int, int]] = []
+    edges = borders.tolist()
+    for start, stop in zip(edges, edges[1:], strict=False):
+        if runs and runs[-1][2] == stop - start:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1, runs[-1][2])
+        elif stop > start:
+            runs.append((start, 1, stop - start))
+    return runs
+
+
+def _heads_first(x: Tensor, start: int, documents: int, length: int) -> Tensor:
+    """The tokens of a run as a [documents, heads, length, D] view of [T, heads, D]."""
+    return x[start : start + documents * length].view(documents, length, *x.shape[1:]).transpose(1, 2)
+
+
+def _uses_varlen(q: Tensor) -> bool:
+    return q.device.type != "cpu" and q.dtype in (torch.bfloat16, torch.float16)
+
+
+def _packed_forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, window: int) -> Pair:
+    """out [T,H,D] and lse [T,H] of causal attention inside each document."""
+    if _uses_varlen(q):
+        left = window - 1 if window else None
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, borders, borders, longest, longest, 0.0, True, False, window_size_left=left, window_size_right=0 if window else None
+        )
+        return out, lse.transpose(0, 1).contiguous()
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    for run in _segments(borders):
+        part, part_lse = flash_forward(*(_heads_first(x, *run) for x in (q, k, v)), True, window)
+        _heads_first(out, *run).copy_(part)
+        _heads_first(lse, *run).copy_(part_lse)
+    return out, lse
+
+
+def _packed_backward(grad, q, k, v, out, lse, borders: Tensor, longest: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    if _uses_varlen(q):
+        left = window - 1 if window else None
+        unused = torch.empty(0, device=q.device, dtype=torch.uint64)
+        return torch.ops.aten._flash_attention_backward(
+            grad, q, k, v, out, lse.transpose(0, 1).contiguous(), borders, borders, longest, longest, 0.0, True, unused, unused,
+            window_size_left=left, window_size_right=0 if window else None,
+        )  # fmt: skip
+    grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    for run in _segments(borders):
+        parts = _flash_backward(*(_heads_first(x, *run) for x in (grad, q, k, v, out, lse)), True, window)
+        for whole, part in zip(grads, parts, strict=True):
+            _heads_first(whole, *run).copy_(part)
+    return grads
+
+
+def _streams_first(x: Tensor, streams: int) -> Tensor:
+    """[T, P*H, ...] seen as [P, H, T, ...]."""
+    return x.view(x.shape[0], streams, -1, *x.shape[2:]).movedim(0, 2)
+
+
+def merge_by_lse(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> Pair:
+    """Attention over the union of two key sets from the attention over each; out [..., D], lse [...]."""
+    lse = torch.logaddexp(lse1, lse2)
+    merged = out1 * (lse1 - lse).exp()[..., None] + out2 * (lse2 - lse).exp()[..., None]
+    return merged.to(out1.dtype), lse
+
+
+@torch.library.custom_op("megascale::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, borders: Tensor, longest: int, window: int
+) -> tuple[Tensor, Tensor]:
+    out, lse = _packed_forward(q.contiguous(), k.contiguous(), v.contiguous(), borders, longest, window)
+    if prefix_k is None or prefix_v is None:
+        return out, lse
+    streams = prefix_k.shape[0]
+    prefix_out, prefix_lse = flash_forward(_streams_first(q.contiguous(), streams), prefix_k, prefix_v, False)
+    merged, merged_lse = merge_by_lse(_streams_first(out, streams), _streams_first(lse, streams), prefix_out, prefix_lse)
+    _streams_first(out, streams).copy_(merged)
+    _streams_first(lse, streams).copy_(merged_lse)
+    return out, lse
+
+
+@_attention.register_fake
+def _(q, k, v, prefix_k, prefix_v, borders, longest, window):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2], dtype=wide)
+
+
+@torch.library.custom_op("megascale::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
+    out: Tensor, lse: Tensor, borders: Tensor, longest: int, window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad, q, k, v = (x.contiguous() for x in (grad, q, k, v))
+    grad_q, grad_k, grad_v = _packed_backward(grad, q, k, v, out, lse, borders, longest, window)
+    if prefix_k is None or prefix_v is None:
+        return grad_q, grad_k, grad_v, q.new_empty(0), q.new_empty(0)
+    streams = prefix_k.shape[0]
+    views = [_streams_first(x, streams) for x in (grad, q, out, lse)]
+    more_q, grad_prefix_k, grad_prefix_v = _flash_backward(views[0], views[1], prefix_k, prefix_v, views[2], views[3], False)
+    _streams_first(grad_q, streams).add_(more_q)
+    return grad_q, grad_k, grad_v, grad_prefix_k.contiguous(), grad_prefix_v.contiguous()
+
+
+@_attention_backward.register_fake
+def _(grad, q, k, v, prefix_k, prefix_v, out, lse, borders, longest, window):
+    def like(x):
+        return q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    return like(q), like(k), like(v), like(prefix_k), like(prefix_v)
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, prefix_k, prefix_v, borders, ctx.longest, ctx.window = inputs
+    ctx.save_for_backward(q, k, v, prefix_k, prefix_v, *output, borders)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _grad_lse):
+    q, k, v, prefix_k, prefix_v, out, lse, borders = ctx.saved_tensors
+    grads = torch.ops.megascale.attention_backward(grad, q, k, v, prefix_k, prefix_v, out, lse, borders, ctx.longest, ctx.window)
+    prefix_grads = (None, None) if prefix_k is None else grads[3:]
+    return *grads[:3], *prefix_grads, None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, window: int | None = None,
+    prefix_k: Tensor | None = None, prefix_v: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Causal attention inside each document, every token also seeing its stream's prefix.
+
+    Args:
+        q: [T, P*H, D]; k, v: [T, P*G, D], same dtype. Scale is D^-0.5.
+        borders: int32 [documents + 1], first token of each document and T at the end, on q's device.
+        longest: no document is longer, tokens.
+        window: a token sees itself and the window - 1 tokens before it; none = all. Prefixes stay visible.
+        prefix_k, prefix_v: [P, G, n, D], without rotary (arXiv 2505.10475, section 3); none = plain attention.
+
+    Returns: [T, P*H, D].
+    """
+    return _attention(q, k, v, prefix_k, prefix_v, borders, longest, window or 0)[0]
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, window: int | None = None,
+    prefix_k: Tensor | None = None, prefix_v: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The same by definition: one softmax over the concatenated prefix and document keys, differentiated by autograd."""
+    streams = 1 if prefix_k is None else prefix_k.shape[0]
+    tokens = torch.arange(q.shape[0], device=q.device)
+    document = torch.bucketize(tokens, borders[1:-1].to(tokens.dtype), right=True)
+    distance = tokens[:, None] - tokens
+    mask = (document[:, None] == document) & (distance >= 0) & (distance < (window or q.shape[0]))
+    keys, values = _streams_first(k, streams), _streams_first(v, streams)
+    if prefix_k is not None and prefix_v is not None:
+        keys, values = torch.cat([prefix_k, keys], 2), torch.cat([prefix_v, values], 2)
+        mask = torch.cat([mask.new_ones(q.shape[0], prefix_k.shape[2]), mask], 1)
+    out, _ = _math_forward(_streams_first(q, streams), keys, values, mask)
+    return out.movedim(2, 0).reshape(q.shape)

@@ -1,0 +1,88 @@
+"""The expert GEMM: rows sorted by expert, each multiplied by its own expert's weight. M rows, E experts, i inputs, o outputs.
+
+torch's grouped GEMM behind one custom op: its fake kernel accepts only bf16 (torch 2.13), which would break graphs in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_grouped_mm: Any = getattr(F, "grouped_mm", None) or torch._grouped_mm  # torch 2.11 has only the private name
+
+
+def _edges(ends: Tensor) -> list[tuple[int, int]]:
+    edges = [0, *ends.tolist()]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def grouped_linear_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_linear` as a loop over experts."""
+    return torch.cat([F.linear(x[start:stop], weight[e]) for e, (start, stop) in enumerate(_edges(ends))])
+
+
+@torch.library.custom_op("megascale::grouped_linear", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    if x.dtype == torch.float64:  # torch's grouped kernels have no fp64
+        return grouped_linear_reference(x, weight, ends)
+    return _grouped_mm(x, weight.transpose(-1, -2), offs=ends)
+
+
+@_forward.register_fake
+def _(x, weight, ends):
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("megascale::grouped_linear_dgrad", mutates_args=())
+def _dgrad(grad: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    if grad.dtype == torch.float64:
+        return grouped_linear_reference(grad, weight.transpose(-1, -2), ends)
+    return _grouped_mm(grad, weight, offs=ends)
+
+
+@_dgrad.register_fake
+def _(grad, weight, ends):
+    return grad.new_empty(grad.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("megascale::grouped_linear_wgrad", mutates_args=())
+def _wgrad(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    if x.dtype == torch.float64:
+        return torch.stack([grad[start:stop].t() @ x[start:stop] for start, stop in _edges(ends)])
+    return _grouped_mm(grad.t(), x, offs=ends)
+
+
+@_wgrad.register_fake
+def _(grad, x, ends):
+    return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    x, weight, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_x = _dgrad(grad, weight, ends) if ctx.needs_input_grad[0] else None
+    grad_weight = _wgrad(grad, x, ends) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_weight, None
+
+
+_forward.register_autograd(_backward, setup_context=_setup)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """y[m] = weight[e] x[m] for the rows m of expert e.
+
+    Args:
+        x: [M, i], rows sorted by expert; rows from the last end on are not read.
+        weight: [E, o, i], same dtype.
+        ends: int32 [E], the row after the last one of each expert.
+
+    Returns: [M, o].
+    """
+    return _forward(x.contiguous(), weight, ends)

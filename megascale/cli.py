@@ -1,0 +1,45 @@
+"""The command line: `megascale VERB ...`. Each verb lives in megascale/commands/."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from megascale.config.errors import InputError
+
+VERBS = {
+    "train": "train a config, or resume it",
+    "prepare": "make a corpus from text, code, jsonl, parquet or a Hugging Face dataset",
+    "data": "prepare, inspect or verify corpora",
+    "config": "show, validate, compare configs; their JSON schema",
+    "eval": "loss and bits per byte of a run on held-out text",
+    "generate": "continue a text with a trained run",
+    "report": "what a run reached, beside compressors, with a sample",
+    "checkpoint": "list or verify checkpoints",
+    "dashboard": "the W&B workspace as code: show or push",
+    "doctor": "versions, devices, and a two-rank train and resume self test",
+}
+
+
+def _parser(verb: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("megascale", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, help_text in VERBS.items():
+        sub = verbs.add_parser(name, help=help_text, description=help_text)
+        if name == verb:  # only this verb's module is imported, so that each starts fast
+            importlib.import_module(f"megascale.commands.{name}").add_arguments(sub)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb. Bad input is one message on stderr and exit code 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    verb = next((word for word in given if word in VERBS), None)
+    parsed = _parser(verb).parse_args(given)
+    try:
+        return importlib.import_module(f"megascale.commands.{parsed.verb}").run(parsed)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code

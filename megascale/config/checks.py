@@ -1,0 +1,177 @@
+"""Contradictory, unused and impossible settings: every check of more than one setting that needs no device."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+
+from megascale.config.fields import KeyPath, dotted
+from megascale.config.inactive import inactive
+from megascale.config.layout import batch_problems, layout_problems
+from megascale.config.load import LoadedConfig
+from megascale.config.origin import Problem, raise_problems
+from megascale.config.resolve import resolve, uneven_heads
+from megascale.config.schema import Config
+from megascale.config.size import size_problems
+
+
+def check(loaded: LoadedConfig, world: int | None = None) -> list[str]:
+    """Refuse settings that contradict each other, have no effect although they were set, or can fit no machine.
+
+    Args:
+        loaded: a config with the places of its settings.
+        world: number of ranks; none = only what does not depend on it.
+
+    Returns:
+        Warnings: settings that are allowed but have no effect here, or an unexpected one.
+
+    Raises:
+        InputError: lists every problem with its place.
+    """
+    config = loaded.config
+    problems = [*_unused(loaded), *_attention(config), *_rotary(config), *_experts(config)]
+    problems += [*_optimizer(config), *_schedule(config), *_profile(config), *_data(config)]
+    problems += [*layout_problems(config.parallel, world), *batch_problems(config, world)]
+    if not any(problem.path[0] == "model" for problem in problems):
+        problems += size_problems(resolve(config))
+    raise_problems([_at_culprit(problem, loaded) for problem in problems], loaded.origin, loaded.file)
+    return [f"{loaded.place(*path)}: {dotted(path)}: {reason}" for path, reason in _warnings(config)]
+
+
+def _at_culprit(problem: Problem, loaded: LoadedConfig) -> Problem:
+    """The problem at the first of its settings that was set: the others are defaults, which nobody wrote."""
+    candidates = (problem.path, *problem.others)
+    chosen = next((path for path in candidates if loaded.is_set(*path)), problem.path)
+    return Problem(chosen, problem.reason)
+
+
+def _unused(loaded: LoadedConfig) -> Iterator[Problem]:
+    for path, reason in inactive(loaded.config).items():
+        # Null is how an override takes a setting back.
+        if loaded.is_set(*path) and _value(loaded.config, path) is not None:
+            back = f"{dotted(path[:-1])}={{}}" if path[0] == "model" else None
+            override = f" (an override {back} takes back the whole section)" if back else ""
+            yield Problem(path, f"has no effect: {reason}; remove it{override}")
+
+
+def _value(config: Config, path: KeyPath) -> object:
+    current: object = config
+    for key in path:
+        current = current[key] if isinstance(key, int) and isinstance(current, tuple) else getattr(current, str(key))
+    return current
+
+
+def _attention(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if model.kv_heads and model.heads % model.kv_heads:
+        reason = f"heads {model.heads} is not a multiple of kv_heads {model.kv_heads}: {_divisors(model.heads)} are possible"
+        yield Problem(("model", "kv_heads"), reason)
+    if model.head_dim is None and model.width % model.heads:
+        reason = f"{uneven_heads(model)}; or set model.head_dim"
+        yield Problem(("model", "heads"), reason, (("model", "width"),))
+    elif model.head_dim is not None and model.head_dim % 2:
+        yield Problem(("model", "head_dim"), f"{model.head_dim} is odd; rotary embeddings turn pairs, so it must be even")
+    elif model.head_dim is None and model.width // model.heads % 2:
+        reason = f"width {model.width} / heads {model.heads} = {model.width // model.heads} per head is odd; must be even"
+        yield Problem(("model", "heads"), f"{reason} for rotary embeddings", (("model", "width"),))
+
+
+def _divisors(number: int) -> str:
+    found = [str(divisor) for divisor in range(1, min(number, 1024) + 1) if number % divisor == 0]
+    return ", ".join(found)
+
+
+def _rotary(config: Config) -> Iterator[Problem]:
+    rotary, path = config.model.rotary, ("model", "rotary")
+    if rotary.scaling == "llama3" and rotary.low_frequency_factor >= rotary.high_frequency_factor:
+        reason = f"low_frequency_factor {rotary.low_frequency_factor} must be below high_frequency_factor"
+        others = ((*path, "high_frequency_factor"),)
+        yield Problem((*path, "low_frequency_factor"), f"{reason} {rotary.high_frequency_factor}", others)
+    if rotary.scaling == "yarn" and rotary.beta_slow >= rotary.beta_fast:
+        reason = f"beta_slow {rotary.beta_slow} must be below beta_fast {rotary.beta_fast}"
+        yield Problem((*path, "beta_slow"), reason, ((*path, "beta_fast"),))
+
+
+def _experts(config: Config) -> Iterator[Problem]:
+    experts, path = config.model.experts, ("model", "experts")
+    if experts.count == 1:
+        return
+    if experts.per_token > experts.count:
+        reason = f"a token cannot go to {experts.per_token} of {experts.count} experts; at most {experts.count}"
+        yield Problem((*path, "per_token"), reason, ((*path, "count"),))
+    others: tuple[KeyPath, ...] = ((*path, "every"), ("model", "layers"))
+    if experts.offset >= config.model.layers:
+        reason = f"the first routed layer {experts.offset} is beyond the {config.model.layers} layers (from 0): none is routed"
+        yield Problem((*path, "offset"), reason, others)
+    elif experts.offset >= experts.every:
+        reason = f"offset {experts.offset} must be below every {experts.every}: layers offset, offset + every, ... are routed"
+        yield Problem((*path, "offset"), reason, others)
+
+
+def _optimizer(config: Config) -> Iterator[Problem]:
+    optimizer = config.optimizer
+    for index, beta in enumerate(optimizer.betas):
+        if not 0 <= beta < 1:
+            yield Problem(("optimizer", "betas", index), f"given {beta}; expected a number >= 0 and < 1")
+    first: dict[str, int] = {}
+    for index, group in enumerate(optimizer.groups):
+        if group.pattern in first:
+            reason = f"{group.pattern} is the pattern of group {first[group.pattern]} too, which wins; join the two groups"
+            yield Problem(("optimizer", "groups", index, "pattern"), reason)
+        first.setdefault(group.pattern, index)
+
+
+def _schedule(config: Config) -> Iterator[Problem]:
+    schedule = config.schedule
+    steps, warmup, decay = (("schedule", name) for name in ("steps", "warmup_steps", "decay_steps"))
+    if schedule.warmup_steps > schedule.steps:
+        reason = f"warmup_steps {schedule.warmup_steps} is more than steps {schedule.steps}"
+        yield Problem(warmup, f"{reason}; set schedule.warmup_steps to at most {schedule.steps}", (steps,))
+    elif schedule.shape == "wsd":
+        decay_steps = schedule.decay_steps or max(1, schedule.steps // 5)
+        if schedule.warmup_steps + decay_steps > schedule.steps:
+            reason = f"warmup_steps {schedule.warmup_steps} + decay_steps {decay_steps} = {schedule.warmup_steps + decay_steps}"
+            yield Problem(decay, f"{reason} is more than steps {schedule.steps}; shorten one of them", (warmup, steps))
+    ramp = sum(stage.steps for stage in config.batch.ramp)
+    if ramp >= schedule.steps:
+        reason = f"the stages of the ramp take {ramp} steps, and the run has {schedule.steps}: the full batch is never reached"
+        yield Problem(("batch", "ramp"), f"{reason}; shorten the ramp", (steps,))
+
+
+def _profile(config: Config) -> Iterator[Problem]:
+    if config.profile.steps is None:
+        return
+    first, last = config.profile.steps
+    if not 1 <= first <= last:
+        yield Problem(("profile", "steps"), f"given [{first}, {last}]; expected [first, last] with 1 <= first <= last")
+    elif last > config.schedule.steps:
+        reason = f"step {last} is beyond the last step {config.schedule.steps}"
+        yield Problem(("profile", "steps"), reason, (("schedule", "steps"),))
+
+
+def _data(config: Config) -> Iterator[Problem]:
+    first: dict[str, int] = {}
+    for index, source in enumerate(config.data.sources):
+        path = os.path.normpath(source.path)
+        if path in first:
+            reason = f"{source.path} is source {first[path]} too; name it once, with the sum of the weights"
+            yield Problem(("data", "sources", index, "path"), reason)
+        first.setdefault(path, index)
+
+
+def _warnings(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    model, length = config.model, config.data.sequence_length
+    if model.sliding_window is not None and model.sliding_window >= length:
+        yield ("model", "sliding_window"), f"{model.sliding_window} has no effect: sequences have {length} tokens"
+    if model.rotary.scaling != "none" and model.rotary.factor == 1:
+        yield ("model", "rotary", "factor"), f"1 leaves the frequencies as they are; {model.rotary.scaling} has no effect"
+    blocks, every = model.altup.blocks, model.experts.every
+    shared = math.gcd(blocks, every)
+    if model.experts.count > 1 and model.altup.select == "alternating" and shared > 1:
+        reason = f"altup.blocks {blocks} and experts.every {every} share the factor {shared}: routed layers read only"
+        yield ("model", "experts", "every"), f"{reason} {blocks // shared} of the {blocks} blocks"
+    checkpoint = config.checkpoint
+    if checkpoint.every and checkpoint.keep_every % checkpoint.every:
+        reason = f"{checkpoint.keep_every} is not a multiple of every {checkpoint.every}: only steps that are multiples of both"
+        yield ("checkpoint", "keep_every"), f"{reason} are kept for good"

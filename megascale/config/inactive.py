@@ -1,0 +1,57 @@
+"""Which settings have no effect because of what another setting says."""
+
+from __future__ import annotations
+
+from megascale.config.fields import KeyPath
+from megascale.config.schema import AltUp, Config, Experts, Streams
+
+LLAMA3_ONLY = ("low_frequency_factor", "high_frequency_factor")
+YARN_ONLY = ("beta_fast", "beta_slow")
+SCALING = ("factor", "original_context", *LLAMA3_ONLY, *YARN_ONLY)
+
+
+def inactive(config: Config) -> dict[KeyPath, str]:
+    """The settings without effect, each with the setting that makes it so (``model.experts.count is 1``)."""
+    return {**_model(config), **_optimizer(config), **_rest(config)}
+
+
+def _model(config: Config) -> dict[KeyPath, str]:
+    model, found = config.model, dict[KeyPath, str]()
+    if model.streams.count == 1:
+        found |= _all_but(("model", "streams"), Streams, "count", "model.streams.count is 1")
+    if model.experts.count == 1:
+        found |= _all_but(("model", "experts"), Experts, "count", "model.experts.count is 1")
+    if model.altup.blocks == 1:
+        found |= _all_but(("model", "altup"), AltUp, "blocks", "model.altup.blocks is 1")
+    unused = {"none": SCALING, "llama3": YARN_ONLY, "yarn": LLAMA3_ONLY}[model.rotary.scaling]
+    return found | {("model", "rotary", name): f"model.rotary.scaling is {model.rotary.scaling}" for name in unused}
+
+
+def _optimizer(config: Config) -> dict[KeyPath, str]:
+    found: dict[KeyPath, str] = {}
+    if config.optimizer.name != "muon":
+        found["optimizer", "muon"] = f"optimizer.name is {config.optimizer.name}"
+    for index, group in enumerate(config.optimizer.groups):
+        if group.frozen:
+            for name in ("lr_scale", "weight_decay"):
+                found["optimizer", "groups", index, name] = "the group is frozen"
+    return found
+
+
+def _rest(config: Config) -> dict[KeyPath, str]:
+    found: dict[KeyPath, str] = {}
+    if config.schedule.shape != "wsd":
+        found["schedule", "decay_steps"] = f"schedule.shape is {config.schedule.shape}"
+    if config.schedule.shape == "constant":
+        found["schedule", "final_lr"] = "schedule.shape is constant"
+    if config.validation.every == 0:
+        found["validation", "sequences"] = "validation.every is 0"
+    if config.checkpoint.every == 0:
+        found["checkpoint", "keep_last"] = found["checkpoint", "keep_every"] = "checkpoint.every is 0"
+    if config.profile.steps is None:
+        found["profile", "memory"] = "profile.steps is null"
+    return found
+
+
+def _all_but(path: KeyPath, section: type[Streams | Experts | AltUp], switch: str, reason: str) -> dict[KeyPath, str]:
+    return {path + (name,): reason for name in section.model_fields if name != switch}

@@ -1,0 +1,93 @@
+"""Exact parameters and FLOPs of a model config. d width, D head width, P streams, K blocks, E experts, k per token, V vocabulary.
+
+FLOPs count a multiply-add as 2 and a backward pass as twice the forward pass; element-wise work is not counted. `model` FLOPs take the keys
+that a token really sees; `full` FLOPs take every key of the sequence, as Megatron-LM and PaLM (arXiv 2204.02311, appendix B) do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megascale.config.schema import Model
+from megascale.model.decoder import is_routed
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters, all exact."""
+
+    embedding: int
+    head: int
+    """0 when tied"""
+    attention: int
+    """projections, biases, q/k norms"""
+    feed_forward: int
+    """dense, shared and routed experts"""
+    routers: int
+    norms: int
+    prefixes: int
+    aggregator: int
+    altup: int
+    matmul_per_token: int
+    """N_used: weights that one token of one stream is multiplied by in the layers (attention, k + shared experts, router)"""
+
+    @property
+    def total(self) -> int:
+        """Everything that is trained."""
+        parts = (self.embedding, self.head, self.attention, self.feed_forward, self.routers, self.norms)
+        return sum(parts) + self.prefixes + self.aggregator + self.altup
+
+    @property
+    def non_embedding(self) -> int:
+        """N of the scaling laws: everything but the embedding and the head."""
+        return self.total - self.embedding - self.head
+
+
+def parameters(model: Model) -> Parameters:
+    """The parameters of a resolved config."""
+    assert model.vocab_size and model.kv_heads and model.head_dim and model.ffn_width and model.experts.width
+    d, heads, kv, head_dim = model.width, model.heads, model.kv_heads, model.head_dim
+    projections = d * head_dim * (2 * heads + 2 * kv)
+    extras = head_dim * (heads + 2 * kv) * model.qkv_bias + 2 * head_dim * model.qk_norm
+    experts, streams, blocks = model.experts, model.streams, model.altup.blocks
+    routed = sum(is_routed(layer, model) for layer in range(model.layers))
+    dense = model.layers - routed
+    expert = 3 * d * experts.width
+    several = streams.count > 1
+    return Parameters(
+        embedding=model.vocab_size * d,
+        head=0 if model.tie_embeddings else model.vocab_size * d,
+        attention=model.layers * (projections + extras),
+        feed_forward=dense * 3 * d * model.ffn_width + routed * (experts.count + experts.shared) * expert,
+        routers=routed * experts.count * d,
+        norms=(2 * model.layers + 1) * d,
+        prefixes=2 * model.layers * streams.count * kv * streams.prefix_tokens * head_dim * several,
+        aggregator=((streams.count * d + 1) * d + (d + 1) * streams.count) * several,
+        altup=model.layers * (blocks * blocks + blocks) * (blocks > 1),
+        matmul_per_token=model.layers * projections
+        + dense * 3 * d * model.ffn_width
+        + routed * ((experts.per_token + experts.shared) * expert + experts.count * d),
+    )
+
+
+def flops_per_token(model: Model, visible_keys: float) -> float:
+    """FLOPs of a loss token, forward and backward.
+
+    P (6 N_used + 12 L H D (a + n [P>1])) + 6 (P d^2 + d P) [P>1] + 6 P K^2 d L [K>1] + 6 d V.
+
+    Args:
+        visible_keys: a, mean number of keys a token sees in its document, itself included (prefixes n are added here).
+    """
+    assert model.vocab_size and model.head_dim
+    streams, several, blocks = model.streams.count, model.streams.count > 1, model.altup.blocks
+    keys = visible_keys + model.streams.prefix_tokens * several
+    trunk = 6 * parameters(model).matmul_per_token + 12 * model.layers * model.heads * model.head_dim * keys
+    aggregator = 6 * (streams * model.width**2 + model.width * streams) * several
+    altup = 6 * streams * blocks**2 * model.width * model.layers * (blocks > 1)
+    return streams * trunk + aggregator + altup + 6 * model.width * model.vocab_size
+
+
+def mean_visible_keys(positions_mean: float, model: Model) -> float:
+    """a, from the mean position in the document (positions start at 0); an upper bound when a sliding window is shorter than documents."""
+    keys = positions_mean + 1
+    return keys if model.sliding_window is None else min(keys, float(model.sliding_window))

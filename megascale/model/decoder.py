@@ -1,0 +1,143 @@
+"""The decoder: embedding, layers over the state [T, P, K, d], aggregation of the streams, head. Plain single-device PyTorch.
+
+B texts of S tokens, T = B*S; P streams, K blocks, d width, V vocabulary. P = E = K = 1 is exactly the plain decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megascale.config.schema import Model
+from megascale.model.attention import Attention, KeyValueCache, Packing, pack
+from megascale.model.layers import RMSNorm, SwiGLU
+from megascale.model.loss import linear_cross_entropy
+from megascale.model.residual import AltUpResidual, SingleResidual, contract, expand
+from megascale.model.routing import Experts
+from megascale.model.streams import Aggregator
+
+FP32_PARAMETERS = ("*norm.weight", "*.router.weight", "*.residual.*")
+"""Shell patterns of the parameters that stay fp32 when the others are bf16."""
+
+
+AUXILIARY = ("balance", "router_z")
+"""Losses of the routers, by the name in their reports."""
+
+
+def is_routed(layer: int, model: Model) -> bool:
+    """Whether a layer's feed-forward has experts."""
+    return model.experts.count > 1 and layer % model.experts.every == model.experts.offset
+
+
+class Layer(nn.Module):
+    """x -> x + attention(norm(x)) -> + feed-forward(norm(.)), on one block of the state."""
+
+    def __init__(self, model: Model, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(model.width, model.norm_eps)
+        self.attention = Attention(model)
+        self.feed_forward_norm = RMSNorm(model.width, model.norm_eps)
+        assert model.ffn_width is not None
+        self.feed_forward = Experts(model) if is_routed(layer, model) else SwiGLU(model.width, model.ffn_width)
+        self.residual = AltUpResidual(model.altup, layer) if model.altup.blocks > 1 else SingleResidual()
+
+    def forward(self, state: Tensor, packing: Packing) -> tuple[Tensor, dict[str, Tensor]]:
+        """The next state, and the router's report (empty for a dense layer)."""
+        block, kept = self.residual.read(state)
+        return self._finish(block, kept, self.attention(self.attention_norm(block), packing))
+
+    def decode(self, state: Tensor, packing: Packing, cache: KeyValueCache, layer: int) -> Tensor:
+        """`forward` for the next tokens of cached texts."""
+        block, kept = self.residual.read(state)
+        return self._finish(block, kept, self.attention.decode(self.attention_norm(block), packing, cache, layer))[0]
+
+    def _finish(self, block: Tensor, kept, attention: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        attended = block + attention
+        fed, report = self.feed_forward(self.feed_forward_norm(attended)), {}
+        if isinstance(fed, tuple):
+            fed, report = fed
+        return self.residual.write(kept, attended, attention, fed), report
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of one micro-batch, this rank's part: what is differentiated, and what is only reported."""
+
+    lm: Tensor
+    """sum of the token losses times the given scale"""
+    auxiliary: dict[str, Tensor]
+    """balance, router_z: summed over layers, not weighted"""
+    token_losses: Tensor
+    """[T] nats, 0 where there is no label"""
+    loads: dict[str, Tensor]
+    """moe/layer_NN/load -> [P, E] choices in the routing population"""
+    stream_weights: Tensor | None
+    """[T, P] of the aggregator"""
+
+
+class Decoder(nn.Module):
+    """A language model over a resolved `Model` config (see `megascale.config.resolve`)."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        assert model.vocab_size is not None
+        self.config = model
+        self.embedding = nn.Embedding(model.vocab_size, model.width)
+        self.layers = nn.ModuleDict({str(i): Layer(model, i) for i in range(model.layers)})
+        self.norm = RMSNorm(model.width, model.norm_eps)
+        streams = model.streams
+        self.aggregator = Aggregator(model.width, streams.count, streams.smoothing) if streams.count > 1 else None
+        self.head = nn.Linear(model.width, model.vocab_size, bias=False)
+        if model.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, documents: Tensor, watch: Callable[[str, Tensor], None] | None = None
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Last hidden states [T, d] of tokens [B, S]; the aggregator's weights [T, P] (none for P = 1); and the routers' reports, summed
+        over layers but for load, which is named by layer. `positions` restart at each document, `documents` numbers them inside a text.
+        `watch` sees each layer's name and the state behind it.
+        """
+        packing = pack(positions, documents, self.config)
+        state = expand(self.embedding(tokens.flatten()), self.config.streams.count, self.config.altup.blocks)
+        reports: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            state, report = layer(state, packing)
+            if watch is not None:
+                watch(name, state)
+            for key, value in report.items():
+                if key == "load":
+                    reports[f"moe/layer_{int(name):02d}/load"] = value
+                else:
+                    reports[key] = reports[key] + value if key in reports else value
+        return *self._join(state), reports
+
+    def _join(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = self.norm(contract(state))
+        return (x.squeeze(1), None) if self.aggregator is None else self.aggregator(x)
+
+    def forward(self, tokens: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
+        """Logits [B, S, V]; arguments as in `hidden`."""
+        return self.head(self.hidden(tokens, positions, documents)[0]).view(*tokens.shape, -1)
+
+    def losses(self, tokens: Tensor, positions: Tensor, documents: Tensor, labels: Tensor, scale: Tensor) -> Losses:
+        """The losses of a micro-batch; labels [B, S] (-100: none), scale a scalar that multiplies each token's loss (one over their number)."""
+        x, weights, reports = self.hidden(tokens, positions, documents)
+        lm, token_losses = linear_cross_entropy(x, self.head.weight, labels.flatten(), scale)
+        auxiliary = {key: reports.pop(key) for key in AUXILIARY if key in reports}
+        return Losses(lm, auxiliary, token_losses, reports, weights)
+
+    def decode(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """Logits [B, V] of the last of m new tokens [B, m] behind the cached ones, which grow by m."""
+        batch, new = tokens.shape
+        positions = torch.arange(cache.length, cache.length + new, device=tokens.device).expand(batch, -1)
+        packing = pack(positions, torch.zeros_like(positions), self.config)
+        state = expand(self.embedding(tokens.flatten()), self.config.streams.count, self.config.altup.blocks)
+        for name, layer in self.layers.items():
+            state = layer.decode(state, packing, cache, int(name))
+        cache.length += new
+        last = state.unflatten(0, (batch, new))[:, -1]
+        return self.head(self._join(last)[0])

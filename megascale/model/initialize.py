@@ -1,0 +1,59 @@
+"""Initial weights as a pure function of (seed, global name, row block), so that every layout starts from the same weights."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from megascale.config.schema import Model
+
+ROWS = 256
+"""Rows of a matrix drawn from one generator; a rank that holds some rows draws only the blocks it needs."""
+
+
+def generator(seed: int, *key: object) -> torch.Generator:
+    """A CPU generator keyed by (seed, key...)."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *key))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def normal_rows(seed: int, name: str, shape: torch.Size, std: float, start: int = 0, stop: int | None = None) -> Tensor:
+    """Rows start..stop of the fp32 tensor N(0, std^2) that belongs to (seed, name, shape). An expert is a row of its [E, ...] tensor."""
+    stop = shape[0] if stop is None else stop
+    block = 1 if len(shape) > 2 else ROWS
+    rows = []
+    for first in range(start // block * block, stop, block):
+        size = min(block, shape[0] - first)
+        drawn = torch.empty(size, *shape[1:]).normal_(0, std, generator=generator(seed, name, first // block))
+        rows.append(drawn[max(start - first, 0) : stop - first])
+    return torch.cat(rows)
+
+
+def initial_std(name: str, model: Model) -> float | None:
+    """Standard deviation of a parameter's initial weights; none for the constants set by its module (norms 1, biases and AltUp 0).
+
+    Projections back into the residual are divided by sqrt(2 L), so that its variance does not grow with depth (GPT-2).
+    """
+    if name.endswith("norm.weight") or name.endswith("bias") or ".residual." in name:
+        return None
+    if name.endswith((".o.weight", ".down.weight", ".down")):
+        return model.init_std / math.sqrt(2 * model.layers)
+    if ".prefix_" in name:
+        return 0.02
+    return model.init_std
+
+
+@torch.no_grad()
+def initialize(decoder: nn.Module, model: Model, seed: int) -> None:
+    """Fill all parameters in place."""
+    for name, parameter in decoder.named_parameters():
+        std = initial_std(name, model)
+        if std is not None:
+            parameter.copy_(normal_rows(seed, name, parameter.shape, std))
+        elif name.endswith("norm.weight"):
+            parameter.fill_(1)
+        else:
+            parameter.zero_()

@@ -1,0 +1,189 @@
+"""The plain torch engine: data parallelism over gloo or NCCL. The reference for every other engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megascale.checkpoint.layout import Rectangle
+from megascale.checkpoint.load import CheckpointReader
+from megascale.config.schema import Optimizer as OptimizerConfig
+from megascale.parallel.engine import OptimizerGroup
+from megascale.parallel.world import World
+
+BUCKET = 2**23
+"""Gradient elements reduced by one collective: 32 MiB, enough for full bandwidth, small enough to start during the backward pass."""
+
+
+class _Bucket:
+    """A stretch of the flat gradient that is reduced once all its parameters have theirs."""
+
+    def __init__(self, flat: Tensor, waiting: int):
+        self.flat, self.size, self.waiting = flat, waiting, waiting
+        self.work: dist.Work | None = None
+
+
+class PlainEngine:
+    """fp32 gradients in one flat buffer, fp32 masters for bf16 parameters, AdamW and Muon of torch.
+
+    The buffer is ordered last parameter first, so that its buckets fill up, and are reduced, while the backward pass runs.
+    Muon sees whole matrices: an [E, o, i] expert tensor is E of them.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[OptimizerGroup],
+        weights: Mapping[str, Tensor],
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimizerConfig,
+        world: World,
+    ):
+        """Args:
+        groups: of the trained parameters.
+        weights: fp32, of all parameters; the parameter's own memory, or a master where the parameter is bf16.
+        parameters: of the model, all of them.
+        """
+        self.world, self.clip = world, config.clip
+        self.groups, self.parameters = groups, parameters
+        self.trained = {name: p for group in groups for name, p in group.parameters.items()}
+        self._flatten_gradients()
+        self.masters = {name: p if p.dtype == torch.float32 else nn.Parameter(weights[name]) for name, p in parameters.items()}
+        self.leaves: dict[str, list[nn.Parameter]] = {}
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.peak_lr: list[tuple[dict, float]] = []
+        for kind in ("adamw", "muon"):
+            self._add_optimizer(kind, [group for group in groups if group.optimizer == kind], config)
+
+    def _flatten_gradients(self) -> None:
+        backwards = list(self.trained.values())[::-1]
+        device = backwards[0].device
+        self.flat = torch.zeros(sum(p.numel() for p in backwards), device=device)
+        self.buckets: list[_Bucket] = []
+        start = first = count = 0
+        for i, p in enumerate(backwards):
+            if p.dtype != torch.float32:
+                p.grad_dtype = torch.float32
+            p.grad = self.flat[start : start + p.numel()].view_as(p)
+            start, count = start + p.numel(), count + 1
+            p.register_post_accumulate_grad_hook(lambda _, bucket=len(self.buckets): self._gradient_final(bucket))
+            if start - first >= BUCKET or i == len(backwards) - 1:
+                self.buckets.append(_Bucket(self.flat[first:start], count))
+                first, count = start, 0
+        self.last_micro_batch = False
+
+    def _gradient_final(self, index: int) -> None:
+        bucket = self.buckets[index]
+        if not self.last_micro_batch or self.world.size == 1:
+            return
+        bucket.waiting -= 1
+        if bucket.waiting == 0:
+            self._reduce(bucket)
+
+    def _reduce(self, bucket: _Bucket) -> None:
+        bucket.work = dist.all_reduce(bucket.flat, async_op=True)
+
+    def _add_optimizer(self, kind: str, groups: Sequence[OptimizerGroup], config: OptimizerConfig) -> None:
+        if not groups:
+            return
+        options = []
+        for group in groups:
+            for name in group.parameters:
+                master = self.masters[name]
+                whole = kind == "adamw" or master.ndim == 2
+                self.leaves[name] = [master] if whole else [nn.Parameter(matrix) for matrix in master.detach().unbind()]
+                for leaf, grad in zip(self.leaves[name], self._leaf_views(name, self.parameters[name].grad), strict=True):
+                    leaf.grad = grad
+            leaves = [leaf for name in group.parameters for leaf in self.leaves[name]]
+            options.append({"params": leaves, "lr": group.lr, "weight_decay": group.weight_decay})
+        if kind == "adamw":
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(options, betas=config.betas, eps=config.eps, fused=True)
+        else:
+            muon = config.muon
+            assert muon is not None
+            optimizer = torch.optim.Muon(options, momentum=muon.momentum, ns_steps=muon.iterations)
+        self.optimizers.append(optimizer)
+        self.peak_lr += [(torch_group, group.lr) for torch_group, group in zip(optimizer.param_groups, groups, strict=True)]
+
+    def _leaf_views(self, name: str, x: Tensor | None) -> list[Tensor]:
+        assert x is not None
+        return [x] if len(self.leaves[name]) == 1 and self.leaves[name][0].shape == x.shape else list(x.unbind())
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """See `Engine`."""
+        self.last_micro_batch = last
+        loss.backward()
+
+    def gradient_norm(self) -> float:
+        """See `Engine`. One host synchronisation: the guard must know the norm before the update."""
+        if self.world.size > 1:
+            for bucket in self.buckets:
+                if bucket.work is None:  # a parameter in it had no gradient on this rank
+                    self._reduce(bucket)
+            for bucket in self.buckets:
+                assert bucket.work is not None
+                bucket.work.wait()
+                bucket.work, bucket.waiting = None, bucket.size
+        self.norm = torch.linalg.vector_norm(self.flat)
+        return float(self.norm)
+
+    @torch.no_grad()
+    def step(self, lr_scale: float) -> None:
+        """See `Engine`."""
+        if self.clip is not None:
+            self.flat.mul_((self.clip / self.norm).clamp(max=1.0))
+        for torch_group, lr in self.peak_lr:
+            torch_group["lr"] = lr * lr_scale
+        for optimizer in self.optimizers:
+            optimizer.step()
+        bf16 = [name for name, p in self.trained.items() if p is not self.masters[name]]
+        if bf16:
+            torch._foreach_copy_([self.parameters[name].data for name in bf16], [self.masters[name].data for name in bf16])
+        self.flat.zero_()
+
+    def skip(self) -> None:
+        """See `Engine`."""
+        self.flat.zero_()
+
+    def _states(self, name: str) -> list[tuple[str, list[Tensor]]]:
+        """(kind of state, one tensor a leaf) of a parameter's optimizer state; empty for frozen ones and before the first step."""
+        states = []
+        for optimizer in self.optimizers:
+            by_leaf = [optimizer.state[leaf] for leaf in self.leaves.get(name, ()) if leaf in optimizer.state]
+            for kind in by_leaf[0] if by_leaf else ():
+                states.append((f"{type(optimizer).__name__.lower()}.{kind}", [state[kind] for state in by_leaf]))
+        return states
+
+    def rectangles(self) -> Iterable[Rectangle]:
+        """See `Engine`. Every rank holds everything; they share the writing by turns."""
+        for i, (name, master) in enumerate(self.masters.items()):
+            if i % self.world.size != self.world.rank:
+                continue
+            yield Rectangle(f"model/{name}", tuple(master.shape), (0,) * master.ndim, master.detach())
+            for kind, tensors in self._states(name):
+                if len(tensors) == 1:
+                    yield Rectangle(f"{kind}/{name}", tuple(tensors[0].shape), (0,) * tensors[0].ndim, tensors[0])
+                else:
+                    shape = (len(tensors), *tensors[0].shape)
+                    for e, tensor in enumerate(tensors):
+                        yield Rectangle(f"{kind}/{name}", shape, (e, *(0,) * tensor.ndim), tensor[None])
+
+    @torch.no_grad()
+    def load(self, reader: CheckpointReader) -> None:
+        """See `Engine`."""
+        names = set(reader.names())
+        for name, master in self.masters.items():
+            master.copy_(reader.read(f"model/{name}"))
+            self.parameters[name].copy_(master)
+        for optimizer in self.optimizers:
+            prefix = type(optimizer).__name__.lower()
+            kinds = {key.split("/", 1)[0] for key in names if key.startswith(f"{prefix}.")}
+            for name, leaves in self.leaves.items():
+                mine = [leaf for leaf in leaves if any(leaf is p for g in optimizer.param_groups for p in g["params"])]
+                for kind in kinds if mine else ():
+                    saved = reader.read(f"{kind}/{name}")
+                    parts = [saved] if len(leaves) == 1 else list(saved.unbind())
+                    for leaf, part in zip(leaves, parts, strict=True):
+                        optimizer.state[leaf][kind.split(".", 1)[1]] = part.clone().to(leaf.device)

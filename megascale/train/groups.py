@@ -1,0 +1,68 @@
+"""Which optimizer, learning rate and weight decay each parameter gets, by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from megascale.config.errors import InputError
+from megascale.config.schema import Muon, Optimizer, ParameterGroup
+from megascale.parallel.engine import OptimizerGroup
+
+BUILT_IN = (
+    ("prefixes", ParameterGroup(pattern="layers.*.attention.prefix_*", weight_decay=0.0)),
+    ("routers", ParameterGroup(pattern="layers.*.router.weight", weight_decay=0.0)),
+    ("embeddings", ParameterGroup(pattern="embedding.weight")),
+    ("head", ParameterGroup(pattern="head.weight")),
+)
+"""Groups after the user's. Prefixes are activations rather than weights and routers need their scale: neither decays
+(arXiv 2505.10475 trains prefixes as free vectors)."""
+
+MUON_PATTERNS = ("layers.*.attention.?.weight", "layers.*.feed_forward.*")
+"""Whole matrices inside the layers; never routers, whose rows are separate directions."""
+
+
+def _named(name: str, dims: int, optimizer: Optimizer) -> tuple[str, ParameterGroup]:
+    """The group of a parameter: the user's first match, else the built-in one, else matrices or scalars by its dimensions."""
+    for i, group in enumerate(optimizer.groups):
+        if fnmatchcase(name, group.pattern):
+            return f"group_{i}", group
+    for group_name, group in BUILT_IN:
+        if fnmatchcase(name, group.pattern):
+            return group_name, group
+    vector = dims < 2 or ".residual." in name
+    return ("scalars", ParameterGroup(pattern="*", weight_decay=0.0)) if vector else ("matrices", ParameterGroup(pattern="*"))
+
+
+def optimizer_groups(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: Optimizer) -> list[OptimizerGroup]:
+    """The groups of all trained parameters, in a fixed order; frozen parameters lose requires_grad and are left out.
+
+    Raises:
+        InputError: a pattern of `optimizer.groups` matches no parameter, or everything is frozen.
+    """
+    muon = optimizer.muon or Muon()
+    parameters = list(parameters)
+    for i, group in enumerate(optimizer.groups):
+        if not any(fnmatchcase(name, group.pattern) for name, _ in parameters):
+            some = ", ".join(name for name, _ in parameters[:4])
+            raise InputError(f"optimizer.groups.{i}.pattern", f"{group.pattern!r} matches no parameter", f"names look like {some}, ...")
+    found: dict[str, OptimizerGroup] = {}
+    for name, parameter in parameters:
+        group_name, group = _named(name, parameter.ndim, optimizer)
+        parameter.requires_grad_(not group.frozen)
+        if group.frozen:
+            continue
+        vector = parameter.ndim < 2 or ".residual." in name
+        by_muon = optimizer.name == "muon" and not vector and any(fnmatchcase(name, p) for p in MUON_PATTERNS) and "router" not in name
+        label = group_name + ("_muon" if by_muon else "_vectors" if vector and group_name.startswith("group_") else "")
+        decay = group.weight_decay
+        if decay is None:
+            decay = 0.0 if vector else muon.weight_decay if by_muon else optimizer.weight_decay
+        peak = (muon.lr if by_muon else optimizer.lr) * group.lr_scale
+        members = found.setdefault(label, OptimizerGroup(label, "muon" if by_muon else "adamw", peak, decay, {})).parameters
+        members[name] = parameter
+    if not found:
+        raise InputError("optimizer.groups", "every parameter is frozen: there is nothing to train", "leave at least one group trainable")
+    return list(found.values())

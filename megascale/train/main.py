@@ -1,0 +1,110 @@
+"""One training run, from the command's arguments to exit.json."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from megascale.config.checks import check
+from megascale.config.errors import InputError
+from megascale.config.load import load_config
+from megascale.config.resolve import resolve
+from megascale.config.schema import Config
+from megascale.model.accounting import parameters
+from megascale.observe.console import ConsoleSink, format_header
+from megascale.observe.sinks import FanOut, JsonlSink, Sink, next_lineage
+from megascale.observe.wandb_sink import open_wandb
+from megascale.parallel.world import World, end_world, start_world
+from megascale.train.build import build, open_run_data
+from megascale.train.run_folder import open_run_folder, write_manifest
+from megascale.train.stopping import StopRequest, write_exit
+from megascale.train.trainer import Trainer
+
+
+def train(config_file: Path, overrides: Sequence[str]) -> int:
+    """Train the config, or go on where its run folder stands. Returns the process's exit code (see `stopping.EXIT_CODES`).
+
+    Raises:
+        InputError: bad input; nothing has started, and no rank waits for another.
+    """
+    loaded = load_config(config_file, overrides)
+    world = start_world(loaded.config.guard.timeout_seconds)
+    try:
+        warnings = check(loaded, world.size)
+        config, data = open_run_data(resolve(loaded.config))
+        folder = _open_folder(config, world)
+        say = _speaker(world)
+        for warning in warnings:
+            say(f"warning: {warning}")
+        if (folder / "STOP").exists():
+            say(f"not starting: {folder / 'STOP'} exists; delete it to train")
+            return write_exit(folder, "stop") if world.rank == 0 else 0
+        return _run(config, data, world, folder, say)
+    finally:
+        end_world(world)
+
+
+def _open_folder(config: Config, world: World) -> Path:
+    """Rank 0 opens the folder; all ranks learn what came of it."""
+    failure: tuple[str, str, str] | None = None
+    if world.rank == 0:
+        try:
+            open_run_folder(config)
+        except InputError as error:
+            failure = (error.place, error.reason, error.remedy)
+    failure = world.broadcast(failure)
+    if failure is not None:
+        raise InputError(*failure)
+    return Path(config.run.folder) / config.run.name
+
+
+def _speaker(world: World):
+    def say(line: str) -> None:
+        if world.rank == 0:
+            print(line, file=sys.stderr, flush=True)
+
+    return say
+
+
+def _run(config: Config, data, world: World, folder: Path, say) -> int:
+    metrics = folder / "metrics.jsonl"
+    lineage = world.broadcast(next_lineage(metrics) if world.rank == 0 else None)
+    if world.rank == 0:
+        # what a reader finds if this process is killed or hangs; every ordered end writes over it
+        write_exit(folder, "error", message="the run did not end by itself: it is running, was killed, or hung (see logs/)")
+    stop = StopRequest(folder / "STOP")
+    sink: Sink = FanOut([])
+    reason, facts = "error", {"message": ""}
+    try:
+        parts = build(config, data, world, say)
+        counted = parameters(config.model)
+        if world.rank == 0:
+            write_manifest(folder, data_digest=data.digest, parameters=counted.total, world=world.size, device=world.device.name())
+            sink = _open_sinks(config, metrics, lineage, folder)
+            tokens = config.batch.sequences * config.data.sequence_length
+            print(
+                format_header(
+                    config.run.name, str(folder), counted.total, config.schedule.steps, tokens, world.size, world.device.name()
+                ),
+                flush=True,
+            )
+        trainer = Trainer(parts, world, folder, sink, lineage, say)
+        reason = trainer.run(stop)
+        facts = {"message": "", "step": str(trainer.progress.step)}
+    except Exception as error:
+        facts = {"message": f"rank {world.rank}: {type(error).__name__}: {error}"}
+        (folder / "logs" / f"error-rank-{world.rank}.txt").write_text(traceback.format_exc())
+        raise
+    finally:
+        sink.close()
+        code = write_exit(folder, reason, **facts) if world.rank == 0 or reason == "error" else 0
+    say(f"{reason} at step {facts['step']}; files in {folder}")
+    return code
+
+
+def _open_sinks(config: Config, metrics: Path, lineage: int, folder: Path) -> Sink:
+    sinks: list[Sink] = [JsonlSink(metrics, lineage), ConsoleSink(config.schedule.steps, config.observe.console_every)]
+    mirror = open_wandb(config.observe.wandb, folder, config.run.name, config.model_dump(mode="json"), lineage)
+    return FanOut(sinks if mirror is None else [*sinks, mirror])

@@ -1,0 +1,201 @@
+"""The training loop: a step, its record, validation, checkpoints, and a clean end."""
+
+from __future__ import annotations
+
+import faulthandler
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from megascale.checkpoint.load import open_newest
+from megascale.checkpoint.retention import prune
+from megascale.checkpoint.save import save_checkpoint
+from megascale.data.batches import MicroBatch
+from megascale.data.prefetch import prefetch
+from megascale.model.accounting import flops_per_token, mean_visible_keys
+from megascale.observe.sinks import Sink
+from megascale.observe.throughput import peak_flops, throughput
+from megascale.parallel.world import World
+from megascale.train.batch_stream import StepBatch, step_batches
+from megascale.train.build import Parts
+from megascale.train.profiling import StepProfiler
+from megascale.train.schedule import lr_scale
+from megascale.train.stopping import StopRequest
+from megascale.train.tally import Tally
+from megascale.train.validate import validate
+
+
+@dataclass
+class Progress:
+    """What has been done so far; saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    """loss tokens"""
+    sequences: int = 0
+    flops_total: float = 0.0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+class Trainer:
+    """Trains `parts` from its newest checkpoint to the last step of the schedule."""
+
+    def __init__(self, parts: Parts, world: World, folder: Path, sink: Sink, lineage: int, say):
+        self.parts, self.world, self.folder, self.sink, self.lineage, self.say = parts, world, folder, sink, lineage, say
+        self.config, self.engine, self.decoder = parts.config, parts.engine, parts.decoder
+        experts = self.config.model.experts
+        self.auxiliary_weights = {"balance": experts.balance_loss, "router_z": experts.z_loss}
+        self.peak_flops = peak_flops(world.device.name())
+        self.checkpoints = folder / "checkpoints"
+        self.progress = self._resume()
+
+    def _resume(self) -> Progress:
+        reader = open_newest(self.checkpoints, self.world.rank, self.world.broadcast, self.say)
+        if reader is None:
+            return Progress()
+        self.engine.load(reader)
+        saved = reader.state
+        if saved["data_digest"] != self.parts.data.digest:
+            self.say("warning: the corpora are not those that the checkpoint was trained on")
+        self.say(f"resuming from {reader.path.name}")
+        return Progress(**saved["progress"])
+
+    def run(self, stop: StopRequest) -> str:
+        """Train until done or stopped; returns the reason for exit.json."""
+        config, steps = self.config, self.config.schedule.steps
+        profiler = StepProfiler(config.profile, self.folder / "logs", self.world.rank)
+        batches = step_batches(
+            self.parts.data.train, config.batch, self.progress.step + 1, steps, self.world.rank, self.world.size
+        )
+        stacks = (self.folder / "logs" / f"stacks-rank-{self.world.rank}.txt").open("a")
+        with prefetch(batches) as prefetched, stacks:
+            level, saved = StopRequest.NONE, self.progress.step
+            while self.progress.step < steps and level == StopRequest.NONE:
+                faulthandler.dump_traceback_later(config.guard.timeout_seconds, exit=True, file=stacks)
+                step = self.progress.step + 1
+                profiler.before(step)
+                record = self._step(prefetched)
+                profiler.after(step)
+                if config.validation.every and (step % config.validation.every == 0 or step == steps):
+                    record |= validate(self.decoder, self.parts.data, config, self.world)
+                self.sink.write(record)
+                level = self._agreed(stop.poll(self.world.rank))
+                if level or step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                    self._save()
+                    saved = step
+            if level and saved != self.progress.step:
+                self._save()
+            faulthandler.cancel_dump_traceback_later()
+        if self.progress.step == steps:
+            return "done"
+        return "requeue" if level == StopRequest.REQUEUE else "stop"
+
+    def _agreed(self, level: int) -> int:
+        """The highest stop level of any rank, so that all ranks stop at the same step."""
+        flags = torch.zeros(3)
+        flags[level] = 1
+        return max(i for i, count in enumerate(self.world.sum(flags).tolist()) if count)
+
+    def _step(self, batches) -> dict[str, float | int | str]:
+        """One optimizer step and its metrics record."""
+        started = time.perf_counter()
+        batch: StepBatch = next(batches)
+        data_seconds = time.perf_counter() - started
+        counts = self.world.sum(self._counts(batch.micro_batches))
+        loss_tokens, (positions, all_tokens) = counts[:-2], counts[-2:].tolist()
+        step_tokens = int(loss_tokens.sum())
+        tally = self._gradients(batch, (loss_tokens / step_tokens).tolist(), step_tokens)
+        norm = self.engine.gradient_norm()
+        finite = self._update(norm, lr_scale(batch.step, self.config.schedule))
+        metrics = tally.record(self.world)
+        self.world.device.synchronize()
+        seconds = time.perf_counter() - started
+
+        keys = mean_visible_keys(positions / all_tokens, self.config.model)
+        flops = flops_per_token(self.config.model, keys) * step_tokens
+        flops_full = flops_per_token(self.config.model, float(self.config.data.sequence_length)) * step_tokens
+        progress = self.progress
+        progress.step, progress.sequences = batch.step, batch.consumed
+        progress.tokens += step_tokens
+        progress.flops_total += flops
+        self._guard(finite, norm)
+        return {
+            "lineage": self.lineage,
+            "step": batch.step,
+            "phase": 0,
+            "tokens": progress.tokens,
+            "flops_total": progress.flops_total,
+            "sequences": progress.sequences,
+            **metrics,
+            "train/grad_norm": norm,
+            **{f"optim/lr/{g.name}": g.lr * lr_scale(batch.step, self.config.schedule) for g in self.engine.groups},
+            **throughput(seconds, step_tokens, flops, flops_full, self.world.size, self.peak_flops),
+            "perf/data_seconds": data_seconds,
+            **self.world.device.memory(),
+            **self.parts.data.train.progress(batch.consumed),
+            "guard/skipped_steps": progress.skipped_steps,
+        }
+
+    @staticmethod
+    def _counts(micro_batches: list[MicroBatch]) -> torch.Tensor:
+        """Loss tokens of each micro-batch, the sum of positions, and all tokens; exact in fp64, so that no rank count changes them."""
+        positions = sum(int(batch.positions.sum()) for batch in micro_batches)
+        tokens = sum(batch.tokens.numel() for batch in micro_batches)
+        return torch.tensor([*(batch.loss_tokens for batch in micro_batches), positions, tokens], dtype=torch.float64)
+
+    def _gradients(self, batch: StepBatch, shares: list[float], step_tokens: int) -> Tally:
+        """Forward and backward of all micro-batches. The token losses are divided by the step's count, known before the first backward."""
+        device, experts = self.world.device.torch, self.config.model.experts
+        scale = torch.full((), 1 / step_tokens, device=device)
+        tally = Tally(self.config.model.streams.count, self.auxiliary_weights, experts.scope == "global")
+        for i, (micro, share) in enumerate(zip(batch.micro_batches, shares, strict=True)):
+            tensors = (x.to(device, non_blocking=True) for x in (micro.tokens, micro.positions, micro.documents, micro.labels))
+            losses = self.decoder.losses(*tensors, scale)
+            loss = losses.lm
+            for name, value in losses.auxiliary.items():
+                loss = loss + value * (self.auxiliary_weights[name] * share)
+            tally.add(losses, share)
+            self.engine.backward(loss, last=i == len(shares) - 1)
+        return tally
+
+    def _update(self, norm: float, scale: float) -> bool:
+        """Step, or skip when the gradient is not finite; every rank sees the same norm."""
+        finite = norm - norm == 0
+        if finite:
+            self.engine.step(scale)
+        else:
+            self.engine.skip()
+        return finite
+
+    def _guard(self, finite: bool, norm: float) -> None:
+        progress = self.progress
+        progress.skipped_steps += not finite
+        progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+        if progress.skipped_in_a_row >= self.config.guard.nonfinite_in_a_row:
+            raise TrainingError(
+                f"step {progress.step}: the gradient norm was {norm} for {progress.skipped_in_a_row} steps in a row; "
+                "lower optimizer.lr, or restart from an earlier checkpoint by deleting the newer ones"
+            )
+
+    def _save(self) -> None:
+        state = {"progress": asdict(self.progress), "data_digest": self.parts.data.digest}
+        world = self.world
+        save_checkpoint(
+            self.checkpoints,
+            self.progress.step,
+            self.engine.rectangles(),
+            state,
+            rank=world.rank,
+            world=world.size,
+            gather=world.gather,
+            barrier=world.barrier,
+        )
+        if world.rank == 0:
+            prune(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every, self.say)

@@ -1,0 +1,30 @@
+"""What all tests share: no network, no deadline for slow machines, and the pool of ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+from ranks import RankPool
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+}
+
+# Examples are the same in every run and take as long as a loaded machine needs.
+settings.register_profile("megascale", deadline=None, derandomize=True)
+settings.load_profile("megascale")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Rank processes for the whole session: ``ranks.run(function, *args, world_size=4)``; starts when first used."""
+    with RankPool(world_size=2) as pool:
+        yield pool
