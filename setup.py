@@ -40,8 +40,8 @@ setup(
         "numpy",
         "psutil",
         "pydantic>=2",
+        "pyyaml",
         "rich",
-        "ruamel.yaml",
         "safetensors",
         "tokenizers",
         "torch>=2.11,<2.14",
@@ -50,7 +50,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn", "liger-kernel"],
-        "dashboard": ["wandb-workspaces"],
+        "dashboard": ["requests", "wandb-workspaces"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "transformers"],
     },
     entry_points={"console_scripts": ["megascale = megascale.cli:main"]},

@@ -51,7 +51,7 @@ class Rectangle:
         assert self.name, "a rectangle needs a name"
         assert len(self.global_shape) == len(self.offsets) == self.tensor.dim(), f"{self.name}: dimensions differ"
         for size, offset, extent in zip(self.tensor.shape, self.offsets, self.global_shape, strict=True):
-            assert 0 <= offset and offset + size <= extent, f"{self.name}: piece outside the global shape {self.global_shape}"
+            assert offset >= 0 and offset + size <= extent, f"{self.name}: piece outside the global shape {self.global_shape}"
         assert self.tensor.dtype in SAFETENSORS_CODE, f"{self.name}: dtype {self.tensor.dtype} cannot be stored"
 
     @property

@@ -30,7 +30,7 @@ def save_checkpoint(
     rank: int,
     world: int,
     gather: Gather,
-    barrier: Callable[[], None],
+    barrier: Callable[[], object],
 ) -> Path:
     """Write the checkpoint of a step. Called by all ranks together.
 

@@ -51,7 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _add_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=VALUE", help="settings that replace those of the file; directly behind FILE")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=VALUE", help="settings that replace those of the file; directly behind FILE"
+    )
 
 
 def _show(arguments: argparse.Namespace) -> int:

@@ -85,7 +85,8 @@ def summary(folder: Path, manifest: Manifest) -> str:
     for name, split in manifest.splits.items():
         ratio = split.bytes / max(1, split.tokens - split.documents)
         lines.append(
-            f"  {name:<11}{split.documents:>12,} documents {split.tokens:>16,} tokens {split.bytes:>16,} bytes  {ratio:.2f} bytes/token"
+            f"  {name:<11}{split.documents:>12,} documents {split.tokens:>16,} tokens"
+            f" {split.bytes:>16,} bytes  {ratio:.2f} bytes/token"
         )
     lines.append(
         f"  tokenizer  {manifest.vocab_size:,} ids; documents start with {manifest.separator} (id {manifest.separator_id})"

@@ -1,5 +1,7 @@
 """The one exception that a user sees for bad input: where, why, and what to do."""
 
+from __future__ import annotations
+
 
 class InputError(ValueError):
     """Bad input from the user: a config, a corpus, a checkpoint, a layout. Programs exit with code 2.
@@ -15,3 +17,6 @@ class InputError(ValueError):
     def __init__(self, place: str, reason: str, remedy: str = ""):
         self.place, self.reason, self.remedy = place, reason, remedy
         super().__init__(f"{place}: {reason}" + (f"\n  -> {remedy}" if remedy else ""))
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str]]:
+        return type(self), (self.place, self.reason, self.remedy)  # the default one would pass the whole text as the place

@@ -6,7 +6,7 @@ blocks (AltUp, arXiv 2301.13310). Checks that need more than one field are in `m
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,7 +17,7 @@ class Node(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def field(default, meaning: str, **limits):
+def field(default: Any, meaning: str, **limits: Any) -> Any:
     """A setting with its default, its meaning (with the unit) and its limits."""
     return Field(default, description=meaning, **limits)
 

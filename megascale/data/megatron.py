@@ -1,8 +1,8 @@
 """Megatron-LM's indexed data sets (MMIDIDX, a `.bin` and an `.idx` file), read in place.
 
-The index holds, little endian: 9 bytes ``MMIDIDX\\0\\0``, version (uint64, 1), code of the ids' type (uint8), number of sequences
-(uint64), number of document borders (uint64), length of each sequence in tokens (int32), place of each sequence in the `.bin` file in
-bytes (int64), and the first sequence of each document, with the number of sequences at the end (int64).
+The index holds, little endian: 9 bytes ``MMIDIDX\\0\\0``, version (uint64, 1), code of the ids' type (uint8), number of
+sequences (uint64), number of document borders (uint64), length of each sequence in tokens (int32), place of each sequence
+in the `.bin` file in bytes (int64), and the first sequence of each document, with the number of sequences at the end (int64).
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def scramble(values: np.ndarray) -> np.ndarray:
 def permute(indices: np.ndarray, count: int, key: str) -> np.ndarray:
     """Where a random permutation of 0 .. count-1, chosen by the key, sends the indices; int64 [n].
 
-    A Feistel network permutes the numbers of an even number of bits; results that are too large are sent through it again until they
-    fit. Needs no memory for the permutation, which may be of billions.
+    A Feistel network permutes the numbers of an even number of bits; results that are too large are sent through it again
+    until they fit. Needs no memory for the permutation, which may be of billions.
 
     Args:
         indices: integers in [0, count), [n].
@@ -52,8 +52,8 @@ def _feistel(values: np.ndarray, half: int, keys: list[int]) -> np.ndarray:
 def blend(indices: np.ndarray, weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Which source each index of a blend draws from, and how many times that source was drawn from before.
 
-    The first source takes every index at which its due share, rounded, grows by one; the others share what is left in the same way.
-    So each source's count stays within one draw per source of its share, at any index.
+    The first source takes every index at which its due share, rounded, grows by one; the others share what is left in the
+    same way. So each source's count stays within one draw per source of its share, at any index.
 
     Args:
         indices: integers >= 0, below 2^40, [n].

@@ -57,7 +57,7 @@ class Prefetcher(Generic[Item]):
                     return
                 self._ready.put((item, None))
             self._ready.put((None, StopIteration()))
-        except BaseException as error:  # Handed to the reader, who raises it.
+        except BaseException as error:  # noqa: BLE001 - handed to the reader, who raises it
             self._ready.put((None, error))
 
 

@@ -73,7 +73,9 @@ def prepare_corpus(folder: Path, request: PrepareRequest) -> Manifest:
         found = survey(source, request.validation, workers)
         recipe = _recipe(request, source, found)
         if folder.exists():
-            return _existing(folder, recipe)
+            manifest = _existing(folder, recipe)
+            shutil.rmtree(work)
+            return manifest
         _keep_only_matching(work, value_digest([recipe, request.shard_bytes]))
         tokenizer = _tokenizer(work, request, source, found)
         separator = separator_id(tokenizer, request.separator)
@@ -99,10 +101,12 @@ def _work_folder(folder: Path) -> Iterator[Path]:
             raise InputError(
                 str(work), "another process is preparing this corpus", "wait for it, or choose another name"
             ) from error
-        yield work
-        # Nothing but the lock: another corpus was there already.
-        if work.exists() and [path.name for path in work.iterdir()] == ["lock"]:
-            shutil.rmtree(work)
+        try:
+            yield work
+        finally:
+            # Nothing but the lock: refused before any work was done.
+            if work.exists() and [path.name for path in work.iterdir()] == ["lock"]:
+                shutil.rmtree(work)
 
 
 def _recipe(request: PrepareRequest, source: DocumentSource, found: Survey) -> str:

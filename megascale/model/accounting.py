@@ -45,14 +45,14 @@ class Parameters:
 
 def parameters(model: Model) -> Parameters:
     """The parameters of a resolved config."""
-    assert model.vocab_size and model.kv_heads and model.head_dim and model.ffn_width and model.experts.width
+    assert model.vocab_size and model.kv_heads and model.head_dim and model.ffn_width
     d, heads, kv, head_dim = model.width, model.heads, model.kv_heads, model.head_dim
     projections = d * head_dim * (2 * heads + 2 * kv)
     extras = head_dim * (heads + 2 * kv) * model.qkv_bias + 2 * head_dim * model.qk_norm
     experts, streams, blocks = model.experts, model.streams, model.altup.blocks
     routed = sum(is_routed(layer, model) for layer in range(model.layers))
     dense = model.layers - routed
-    expert = 3 * d * experts.width
+    expert = 3 * d * (experts.width or 0)  # none without experts
     several = streams.count > 1
     return Parameters(
         embedding=model.vocab_size * d,

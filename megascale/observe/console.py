@@ -11,7 +11,7 @@ from typing import TextIO
 from megascale.observe.metrics import Record
 
 _ETA_WINDOW = 50
-_WARNING = r"(nan|inf\b|skipped \d+)"
+_WARNING = r"\b(nan|inf|skipped \d+)\b"
 
 
 def format_count(count: float) -> str:

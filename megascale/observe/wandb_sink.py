@@ -42,7 +42,7 @@ def logged_in() -> bool:
 def run_identifier(run_folder: Path) -> str:
     """The W&B id of a run: made at its first start, kept in `RUN_FOLDER/wandb_id`, the same after every resume."""
     path = run_folder / _ID_FILE
-    if not path.exists():
+    if not path.exists() or not path.read_text(encoding="utf-8").strip():
         path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
 

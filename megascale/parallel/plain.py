@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megascale.checkpoint.layout import Rectangle
 from megascale.checkpoint.load import CheckpointReader
+from megascale.config.schema import Muon
 from megascale.config.schema import Optimizer as OptimizerConfig
 from megascale.parallel.engine import OptimizerGroup
 from megascale.parallel.world import World
@@ -101,8 +102,7 @@ class PlainEngine:
         if kind == "adamw":
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(options, betas=config.betas, eps=config.eps, fused=True)
         else:
-            muon = config.muon
-            assert muon is not None
+            muon = config.muon or Muon()
             optimizer = torch.optim.Muon(options, momentum=muon.momentum, ns_steps=muon.iterations)
         self.optimizers.append(optimizer)
         self.peak_lr += [(torch_group, group.lr) for torch_group, group in zip(optimizer.param_groups, groups, strict=True)]

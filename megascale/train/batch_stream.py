@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megascale.config.schema import Batch
 from megascale.data.batches import MicroBatch
-from megascale.data.order import Blend
+from megascale.data.blend import Blend
 from megascale.train.schedule import consumed_before, sequences_at
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from itertools import product
 from pathlib import Path
@@ -141,6 +142,20 @@ def test_shards_are_ordinary_safetensors_files(save_world, tmp_path) -> None:
     loaded = load_file(path / "shard-00000.safetensors")
     assert loaded.keys() == tensors.keys()
     assert all(same_bits(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_every_tensor_starts_at_a_multiple_of_its_element_size(save_world, tmp_path) -> None:
+    tensors = [
+        full("a", torch.ones(3).bool()),
+        full("b", torch.ones(3).bfloat16()),
+        full("c", torch.ones(3)),
+        full("d", torch.ones(1).long()),
+    ]
+    path = save_world(tmp_path, 1, [tensors])[0]
+    content = (path / "shard-00000.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    starts = {key: entry["data_offsets"][0] for key, entry in json.loads(content[8 : 8 + length]).items()}
+    assert all((8 + length + starts[one.name]) % one.tensor.element_size() == 0 for one in tensors)
 
 
 def test_a_read_tensor_is_independent_of_the_files(small_checkpoint, tmp_path) -> None:

@@ -142,6 +142,7 @@ def test_off_starts_nothing(tmp_path: Path) -> None:
 
 
 def test_the_run_keeps_its_identifier(tmp_path: Path) -> None:
+    (tmp_path / "wandb_id").touch()  # a start killed while it wrote the file
     first = run_identifier(tmp_path)
     assert run_identifier(tmp_path) == first
     assert len(first) == 8
