@@ -112,8 +112,11 @@ def _packed_forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: i
         return out, lse.transpose(0, 1).contiguous()
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-    for run in _segments(borders):
+    runs = _segments(borders)
+    for run in runs:
         part, part_lse = flash_forward(*(_heads_first(x, *run) for x in (q, k, v)), True, window)
+        if len(runs) == 1:  # the kernel's memory is token-major already: a view, no copy
+            return part.transpose(1, 2).reshape(q.shape), part_lse.transpose(1, 2).reshape(lse.shape)
         _heads_first(out, *run).copy_(part)
         _heads_first(lse, *run).copy_(part_lse)
     return out, lse
@@ -128,8 +131,12 @@ def _packed_backward(grad, q, k, v, out, lse, borders: Tensor, longest: int, win
             window_size_left=left, window_size_right=0 if window else None,
         )  # fmt: skip
     grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-    for run in _segments(borders):
+    runs = _segments(borders)
+    for run in runs:
         parts = _flash_backward(*(_heads_first(x, *run) for x in (grad, q, k, v, out, lse)), True, window)
+        if len(runs) == 1:
+            dq, dk, dv = (part.transpose(1, 2).reshape(whole.shape) for part, whole in zip(parts, grads, strict=True))
+            return dq, dk, dv
         for whole, part in zip(grads, parts, strict=True):
             _heads_first(whole, *run).copy_(part)
     return grads
@@ -154,7 +161,7 @@ def _attention(
     out, lse = _packed_forward(q.contiguous(), k.contiguous(), v.contiguous(), borders, longest, window)
     if prefix_k is None or prefix_v is None:
         return out, lse
-    streams = prefix_k.shape[0]
+    streams, prefix_k, prefix_v = prefix_k.shape[0], prefix_k.contiguous(), prefix_v.contiguous()
     prefix_out, prefix_lse = flash_forward(_streams_first(q.contiguous(), streams), prefix_k, prefix_v, False)
     merged, merged_lse = merge_by_lse(_streams_first(out, streams), _streams_first(lse, streams), prefix_out, prefix_lse)
     _streams_first(out, streams).copy_(merged)
@@ -177,7 +184,7 @@ def _attention_backward(
     grad_q, grad_k, grad_v = _packed_backward(grad, q, k, v, out, lse, borders, longest, window)
     if prefix_k is None or prefix_v is None:
         return grad_q, grad_k, grad_v, q.new_empty(0), q.new_empty(0)
-    streams = prefix_k.shape[0]
+    streams, prefix_k, prefix_v = prefix_k.shape[0], prefix_k.contiguous(), prefix_v.contiguous()
     views = [_streams_first(x, streams) for x in (grad, q, out, lse)]
     more_q, grad_prefix_k, grad_prefix_v = _flash_backward(views[0], views[1], prefix_k, prefix_v, views[2], views[3], False)
     _streams_first(grad_q, streams).add_(more_q)

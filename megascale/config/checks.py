@@ -100,6 +100,12 @@ def _experts(config: Config) -> Iterator[Problem]:
     if experts.per_token > experts.count:
         reason = f"a token cannot go to {experts.per_token} of {experts.count} experts; at most {experts.count}"
         yield Problem((*path, "per_token"), reason, ((*path, "count"),))
+    unit = 8 if config.precision == "bf16" else 4
+    width_path = (*path, "width") if experts.width else ("model", "ffn_width")
+    for width, here in ((config.model.width, ("model", "width")), (experts.width or config.model.ffn_width, width_path)):
+        if width and width % unit:
+            reason = f"{width} is not a multiple of {unit}: rows of an expert's {config.precision} matrices must fill 16 bytes"
+            yield Problem(here, f"{reason}; the next is {-(-width // unit) * unit}")
     others: tuple[KeyPath, ...] = ((*path, "every"), ("model", "layers"))
     if experts.offset >= config.model.layers:
         reason = f"the first routed layer {experts.offset} is beyond the {config.model.layers} layers (from 0): none is routed"

@@ -1,0 +1,1 @@
+"""Benchmarks: each measures variants side by side, interleaved, in one run, and prints ratios."""

@@ -1,0 +1,68 @@
+"""Interleaved timing, peak memory in fresh processes, and result files."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+    """Run the variants in turn, `rounds` times each after one warm-up; best and median seconds of each.
+
+    Neighbours on the machine slow all variants alike, so compare only figures of one call.
+    """
+    for run in variants.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: {"best_s": min(s), "median_s": statistics.median(s)} for name, s in seconds.items()}
+
+
+def _peak_in_child(function: Callable[..., None], arguments: tuple, queue: Any) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    function(*arguments)
+    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+
+
+def peak_memory_mib(function: Callable[..., None], *arguments: object) -> float:
+    """Growth of the peak resident size (MiB) while a fresh process runs the function (its imports are not counted)."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_peak_in_child, args=(function, arguments, queue))
+    process.start()
+    peak = queue.get()
+    process.join()
+    return peak
+
+
+def write_result(name: str, command: str, table: object) -> Path:
+    """Store a table with what it was measured on."""
+    cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    record = {
+        "command": command,
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads",
+        "table": table,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path

@@ -1,0 +1,230 @@
+"""Packed attention with prefixes: equal to one softmax by definition, for every shape, forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megascale.kernels.attention import attention, attention_reference, flash_forward, merge_by_lse
+from tiny import largest_error
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Lengths of the documents, P streams, G key/value heads, H/G queries each, D, n (0: no prefix), window."""
+
+    lengths: tuple[int, ...]
+    streams: int = 1
+    groups: int = 1
+    queries: int = 1
+    width: int = 8
+    slots: int = 0
+    window: int | None = None
+
+    def inputs(self, dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+        """q, k, v and, with slots, prefix_k and prefix_v, which need gradients; and the borders."""
+        generator = torch.Generator().manual_seed(seed)
+        tokens, heads = sum(self.lengths), self.streams * self.groups
+        shapes = [(tokens, heads * self.queries, self.width)] + [(tokens, heads, self.width)] * 2
+        shapes += [(self.streams, self.groups, self.slots, self.width)] * 2 if self.slots else []
+        tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+        return tensors, torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+
+    def call(self, function, tensors: list[Tensor], borders: Tensor) -> Tensor:
+        """attention or its reference."""
+        return function(*tensors[:3], borders, max(self.lengths), self.window, *tensors[3:])
+
+
+cases = st.builds(
+    Case,
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5).map(tuple),
+    streams=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    queries=st.integers(1, 3),
+    width=st.sampled_from([2, 8, 16]),
+    slots=st.integers(1, 9),
+    window=st.one_of(st.none(), st.integers(1, 14)),
+)
+plain_cases = st.builds(
+    Case,
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5).map(tuple),
+    groups=st.integers(1, 3),
+    queries=st.integers(1, 3),
+    width=st.sampled_from([2, 8, 16]),
+    window=st.one_of(st.none(), st.integers(1, 14)),
+)
+FULL = Case((5, 3, 3, 1, 9), streams=2, groups=2, queries=2, width=8, slots=4, window=4)
+
+
+def value_and_gradients(function, case: Case, dtype: torch.dtype) -> list[Tensor]:
+    tensors, borders = case.inputs(dtype)
+    out = case.call(function, tensors, borders)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), tensors)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@settings(max_examples=25)
+@given(case=cases | plain_cases)
+def test_output_and_all_gradients_are_those_of_one_softmax(dtype: torch.dtype, case: Case) -> None:
+    found = value_and_gradients(attention, case, dtype)
+    # the truth of bf16 inputs is their fp64 result
+    tensors, borders = case.inputs(dtype)
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    out = case.call(attention_reference, wide, borders)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).double()
+    expected = [out.detach(), *torch.autograd.grad((out * weights).sum(), wide)]
+    for got, true, like in zip(found, expected, [tensors[0], *tensors], strict=True):
+        assert got.dtype == dtype
+        assert got.shape == like.shape
+        scale = max(true.abs().max().item(), 1.0)  # a gradient may be zero (one visible key)
+        assert (got.double() - true).abs().max().item() <= TOLERANCE[dtype] * scale
+
+
+def test_the_reference_is_sdpa_with_a_mask() -> None:
+    case = Case((6, 4), groups=2, queries=2)
+    tensors, borders = case.inputs(torch.float64)
+    mask = torch.block_diag(torch.ones(6, 6), torch.ones(4, 4)).tril().bool()
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(0, 1) for x in tensors), attn_mask=mask, enable_gqa=True
+    ).transpose(0, 1)
+    torch.testing.assert_close(case.call(attention_reference, tensors, borders), expected)
+
+
+def test_tokens_know_nothing_of_other_documents() -> None:
+    case = Case((5, 7, 4), groups=2, queries=2, slots=3, streams=2)
+    tensors, borders = case.inputs(torch.float32)
+    before = case.call(attention, tensors, borders)
+    changed = [x.detach().clone() for x in tensors]
+    for x in changed[:3]:
+        x[5:12] = 1e4
+    after = case.call(attention, changed, borders)
+    assert torch.equal(before[:5], after[:5])
+    assert torch.equal(before[12:], after[12:])
+    alone = Case((5,), groups=2, queries=2, slots=3, streams=2)
+    small = [x[:5] for x in tensors[:3]] + tensors[3:]
+    torch.testing.assert_close(alone.call(attention, small, torch.tensor([0, 5], dtype=torch.int32)), before[:5])
+
+
+def test_gradients_stay_inside_the_document() -> None:
+    case = Case((5, 7, 4), slots=3)
+    tensors, borders = case.inputs(torch.float32)
+    case.call(attention, tensors, borders)[5:12].sum().backward()
+    for x in tensors[:3]:
+        assert x.grad is not None
+        assert not x.grad[:5].any()
+        assert not x.grad[12:].any()
+        assert x.grad[5:12].any()
+
+
+def test_streams_see_only_their_own_prefix() -> None:
+    case = Case((6,), streams=3, groups=1, queries=2, slots=2)
+    tensors, borders = case.inputs(torch.float32)
+    before = case.call(attention, tensors, borders)
+    changed = [x.detach().clone() for x in tensors]
+    changed[3][1] += 3
+    changed[4][1] -= 3
+    after = case.call(attention, changed, borders)
+    same = [bool(torch.equal(before[:, 2 * p : 2 * p + 2], after[:, 2 * p : 2 * p + 2])) for p in range(3)]
+    assert same == [True, False, True]
+
+
+def test_prefixes_with_scores_far_below_all_others_are_as_none() -> None:
+    case = Case((6, 3), groups=1, queries=2, slots=4)
+    tensors, borders = case.inputs(torch.float32)
+    with torch.no_grad():
+        tensors[0][..., 0] = 1.0
+        tensors[3].zero_()
+        tensors[3][..., 0] = -1e6
+    plain = Case((6, 3), groups=1, queries=2)
+    assert torch.equal(case.call(attention, tensors, borders), plain.call(attention, tensors[:3], borders))
+
+
+def test_a_window_as_long_as_the_documents_changes_nothing_and_prefixes_stay_visible() -> None:
+    full, wide = Case((6, 3), slots=2), Case((6, 3), slots=2, window=6)
+    tensors, borders = full.inputs(torch.float32)
+    assert torch.equal(full.call(attention, tensors, borders), wide.call(attention, tensors, borders))
+    one = Case((6, 3), slots=2, window=1)
+    out = one.call(attention, tensors, borders)
+    out[5].sum().backward()
+    k_grad, prefix_grad = tensors[1].grad, tensors[4].grad
+    assert k_grad is not None and prefix_grad is not None
+    assert k_grad[5].any() and not k_grad[:5].any() and prefix_grad.any()
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    tensors, borders = FULL.inputs(torch.float32)
+    expected = value_and_gradients(attention, FULL, torch.float32)
+    strided = [x.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for x in tensors]
+    assert not any(x.is_contiguous() for x in strided)
+    out = FULL.call(attention, strided, borders)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
+    found = [out, *torch.autograd.grad((out * weights).sum(), strided)]
+    for got, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_repetition_gives_the_same_bits(dtype: torch.dtype) -> None:
+    first, second = (value_and_gradients(attention, FULL, dtype) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_gradcheck() -> None:
+    case = Case((3, 2), streams=2, groups=1, queries=2, width=2, slots=2, window=2)
+    tensors, borders = case.inputs(torch.float64)
+    assert torch.autograd.gradcheck(lambda *x: case.call(attention, list(x), borders), tensors)
+
+
+@pytest.mark.parametrize("case", [FULL, Case((4, 4, 2), groups=2, queries=2)], ids=["prefix", "plain"])
+def test_the_operators_are_registered_correctly(case: Case) -> None:
+    tensors, borders = case.inputs(torch.float32)
+    prefixes = tensors[3:] or [None, None]
+    arguments = (*tensors[:3], *prefixes, borders, max(case.lengths), case.window or 0)
+    torch.library.opcheck(torch.ops.megascale.attention.default, arguments)
+
+
+def test_a_compiled_graph_is_whole_and_equal() -> None:
+    torch._dynamo.reset()
+    expected = value_and_gradients(attention, FULL, torch.float32)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    found = value_and_gradients(compiled, FULL, torch.float32)
+    for got, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, true)
+
+
+pairs = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(1, 7), st.integers(0, 1000))
+
+
+@settings(max_examples=30)
+@given(sizes=pairs)
+def test_merging_two_key_sets_is_attention_over_both(sizes: tuple[int, int, int, int]) -> None:
+    queries, first, second, seed = sizes
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, 2, n, 4, generator=generator, dtype=torch.float64) for n in (queries, first + second, first + second))
+    parts = [flash_forward(q, k[:, :, s], v[:, :, s], False) for s in (slice(0, first), slice(first, None))]
+    out, lse = merge_by_lse(*parts[0], *parts[1])
+    whole_out, whole_lse = flash_forward(q, k, v, False)
+    torch.testing.assert_close(out, whole_out)
+    torch.testing.assert_close(lse, whole_lse)
+    swapped, _ = merge_by_lse(*parts[1], *parts[0])
+    torch.testing.assert_close(swapped, out)
+
+
+def test_merging_with_an_empty_part_changes_nothing() -> None:
+    out, lse = torch.randn(3, 4), torch.randn(3)
+    merged, merged_lse = merge_by_lse(out, lse, torch.randn(3, 4), torch.full((3,), -float("inf")))
+    assert torch.equal(merged, out)
+    assert torch.equal(merged_lse, lse)
+
+
+def test_largest_error_is_not_blind() -> None:
+    assert largest_error(torch.ones(2), torch.tensor([1.0, 1.1])) > 0.05

@@ -1,0 +1,205 @@
+"""AltUp (arXiv 2301.13310): predict and correct by definition, identity start, and the blocks' symmetries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megascale.config.schema import AltUp
+from megascale.model.decoder import Decoder
+from megascale.model.residual import AltUpResidual, SingleResidual, computed_block, contract, expand
+from tiny import packed_batch, tiny_decoder, tiny_model
+
+BATCH = packed_batch([[7, 5], [12]])
+READS, SELECTS = ("old", "predicted"), ("alternating", "same")
+
+
+def residual(blocks: int, layer: int = 0, spread: float = 0.0, dtype: torch.dtype = torch.float64, **settings) -> AltUpResidual:
+    module = AltUpResidual(AltUp(blocks=blocks, **settings), layer).to(dtype)
+    torch.manual_seed(blocks)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(spread * torch.randn(parameter.shape))
+    return module
+
+
+def state_of(blocks: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(5, 2, blocks, 8, generator=torch.Generator().manual_seed(3), dtype=dtype).requires_grad_()
+
+
+def sublayer(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Stands for attention and feed-forward of a block."""
+    return (2 * x).tanh(), (x + 1).sin()
+
+
+def step(module: AltUpResidual | SingleResidual, state: Tensor) -> Tensor:
+    block, kept = module.read(state)
+    attention, feed_forward = sublayer(block)
+    return module.write(kept, block + attention, attention, feed_forward)
+
+
+def by_definition(module: AltUpResidual, state: Tensor) -> Tensor:
+    """Algorithm 1: predict with p = I + dp, compute block j, correct with g = 1 + dg."""
+    p, g, j = torch.eye(len(module.correct)) + module.predict, 1 + module.correct, module.computed
+    predicted = torch.einsum("ik,tpkd->tpid", p.to(state), state)
+    read = predicted[:, :, j] if module.predicted else state[:, :, j]
+    computed = read + sum(sublayer(read))
+    return predicted + g[:, None] * (computed - predicted[:, :, j])[:, :, None]
+
+
+@settings(max_examples=40)
+@given(
+    blocks=st.integers(2, 5),
+    layer=st.integers(0, 9),
+    read=st.sampled_from(READS),
+    select=st.sampled_from(SELECTS),
+    spread=st.floats(0, 2),
+)
+def test_a_layer_is_algorithm_1_with_its_gradients(blocks: int, layer: int, read: str, select: str, spread: float) -> None:
+    module, state = residual(blocks, layer, spread, read=read, select=select), state_of(blocks)
+    found, expected = step(module, state), by_definition(module, state)
+    torch.testing.assert_close(found, expected)
+    inputs, factors = (state, *module.parameters()), torch.linspace(-1, 1, found.numel()).view(found.shape)
+    for got, true in zip(
+        torch.autograd.grad((found * factors).sum(), inputs), torch.autograd.grad((expected * factors).sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(got, true)
+
+
+def test_the_gradient_is_the_derived_one() -> None:
+    """dxh_i = dx'_i - [i = j] S and dg_i = <dx'_i, y - xh_j> with S = sum_k g_k dx'_k; the block that is read gets S from outside."""
+    module, state = residual(3, 1, 0.5, read="old"), state_of(3)
+    block, kept = module.read(state)
+    attention, feed_forward = (y.detach() for y in sublayer(block))
+    out = module.write(kept, block + attention, attention, feed_forward)
+    grad = torch.randn(out.shape, dtype=out.dtype)
+    grad_state, grad_p, grad_g = torch.autograd.grad(out, (state, module.predict, module.correct), grad)
+    p, g, j, x = torch.eye(3) + module.predict.detach(), 1 + module.correct.detach(), 1, state.detach()
+    predicted = torch.einsum("ik,tpkd->tpid", p.to(x), x)
+    total = (g[:, None] * grad).sum(2)
+    grad_predicted = grad.clone()
+    grad_predicted[:, :, j] -= total
+    y = x[:, :, j] + attention + feed_forward
+    torch.testing.assert_close(grad_g, torch.einsum("tpid,tpd->i", grad, y - predicted[:, :, j]))
+    torch.testing.assert_close(grad_p, torch.einsum("tpid,tpjd->ij", grad_predicted, x))
+    expected = torch.einsum("ij,tpid->tpjd", p.to(x), grad_predicted)
+    expected[:, :, j] += total  # y = x_j + F
+    torch.testing.assert_close(grad_state, expected)
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 4])
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("select", SELECTS)
+def test_the_identity_start_is_the_plain_model(blocks: int, read: str, select: str) -> None:
+    # The last norm sees K times the plain state: its epsilon alone would tell them apart.
+    plain = tiny_decoder(tiny_model(layers=4, norm_eps=1e-12))
+    decoder = tiny_decoder(tiny_model(layers=4, norm_eps=1e-12, altup={"blocks": blocks, "read": read, "select": select}))
+    states: list[Tensor] = []
+    decoder.hidden(*BATCH.inputs, watch=lambda _, state: states.append(state.detach()))
+    assert all(torch.equal(state[:, :, :1].expand_as(state), state) for state in states)
+    found, expected = BATCH.losses(decoder).lm, BATCH.losses(plain).lm
+    assert abs((found - expected).item()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("read", READS)
+def test_the_identity_start_adds_the_layers_output_bit_for_bit(dtype: torch.dtype, read: str) -> None:
+    """Also an update far smaller than the block's own rounding is rounded only once."""
+    module, x = residual(3, dtype=torch.float32, read=read), (torch.randn(5, 2, 8) * 100).to(dtype)
+    state = x[:, :, None].expand(-1, -1, 3, -1)
+    _, kept = module.read(state)
+    attention, feed_forward = torch.randn(5, 2, 8).to(dtype), (torch.randn(5, 2, 8) * 0.01).to(dtype)
+    found = module.write(kept, x + attention, attention, feed_forward)
+    expected = (x.float() + (attention.float() + feed_forward.float())).to(dtype)
+    assert all(torch.equal(found[:, :, i], expected) for i in range(3))
+
+
+@torch.no_grad()
+def set_gains(decoder: Decoder, gains) -> None:
+    """g of every layer; `gains` gives one row of K numbers for the computed block."""
+    for layer in decoder.layers.values():
+        layer.residual.correct.copy_(gains(layer.residual.computed) - 1)
+
+
+def one_hot(blocks: int):
+    return lambda computed: torch.eye(blocks)[computed]
+
+
+def last_state(decoder: Decoder) -> Tensor:
+    states: list[Tensor] = []
+    with torch.no_grad():
+        decoder.hidden(*BATCH.inputs, watch=lambda _, state: states.append(state))
+    return states[-1]
+
+
+@pytest.mark.parametrize("read", READS)
+def test_correcting_the_computed_block_alone_leaves_the_others_unchanged(read: str) -> None:
+    plain = tiny_decoder(tiny_model(layers=4))
+    decoder = tiny_decoder(tiny_model(layers=4, altup={"blocks": 3, "read": read, "select": "same"}))
+    set_gains(decoder, one_hot(3))
+    state = last_state(decoder)
+    torch.testing.assert_close(state[:, :, 0], last_state(plain)[:, :, 0], rtol=1e-5, atol=1e-6)
+    embedded = decoder.embedding(BATCH.tokens.flatten())
+    for other in (1, 2):
+        assert torch.equal(state[:, 0, other], embedded)
+
+
+@pytest.mark.parametrize("read", READS)
+def test_correcting_the_computed_block_alone_in_turns_is_k_separate_networks(read: str) -> None:
+    decoder = tiny_decoder(tiny_model(layers=4, altup={"blocks": 2, "read": read}), spread=0.1)
+    with torch.no_grad():
+        for layer in decoder.layers.values():
+            layer.residual.predict.zero_()
+    set_gains(decoder, one_hot(2))
+    state = last_state(decoder)
+    for block in range(2):
+        separate = tiny_decoder(tiny_model(layers=2))
+        with torch.no_grad():
+            separate.embedding.weight.copy_(decoder.embedding.weight)
+            for i in range(2):
+                for name, parameter in separate.layers[str(i)].named_parameters():
+                    parameter.copy_(decoder.layers[str(2 * i + block)].get_parameter(name))
+        torch.testing.assert_close(state[:, :, block], last_state(separate)[:, :, 0], rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=20)
+@given(order=st.permutations(range(4)), read=st.sampled_from(READS))
+def test_permuting_blocks_permutes_the_next_state(order: list[int], read: str) -> None:
+    module, state = residual(4, 1, 0.5, read=read), state_of(4).detach()
+    expected = step(module, state)[:, :, order]
+    with torch.no_grad():
+        module.predict.copy_(module.predict[order][:, order])
+        module.correct.copy_(module.correct[order])
+    module.computed = order.index(module.computed)
+    torch.testing.assert_close(step(module, state[:, :, order]), expected)
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_a_layer_reads_its_block_only(layer: int) -> None:
+    module, state = residual(3, layer, 0.5), state_of(3).detach()
+    changed = state + 1
+    changed[:, :, layer % 3] = state[:, :, layer % 3]
+    assert torch.equal(module.read(changed)[0], module.read(state)[0])
+    assert torch.equal(module.read(state)[0], state[:, :, layer % 3])
+
+
+def test_the_computed_block_alternates_or_stays() -> None:
+    assert [computed_block(layer, AltUp(blocks=3)) for layer in range(5)] == [0, 1, 2, 0, 1]
+    assert [computed_block(layer, AltUp(blocks=3, select="same")) for layer in range(5)] == [0] * 5
+
+
+def test_one_block_costs_no_copy() -> None:
+    embedding = torch.randn(5, 8)
+    state = expand(embedding, 1, 1)
+    assert state.shape == (5, 1, 1, 8)
+    assert contract(state).data_ptr() == SingleResidual().read(state)[0].data_ptr() == embedding.data_ptr()
+
+
+def test_blocks_and_streams_start_equal_and_contract_by_their_sum() -> None:
+    embedding = torch.randn(5, 8)
+    state = expand(embedding, 2, 3)
+    assert torch.equal(state, embedding[:, None, None].expand(5, 2, 3, 8))
+    torch.testing.assert_close(contract(state), 3 * embedding[:, None].expand(5, 2, 8))
