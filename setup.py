@@ -50,7 +50,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn", "liger-kernel"],
-        "dashboard": ["requests", "wandb-workspaces"],
+        "dashboard": ["requests", "wandb-workspaces==0.4.13"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "transformers"],
     },
     entry_points={"console_scripts": ["megascale = megascale.cli:main"]},

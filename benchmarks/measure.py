@@ -53,7 +53,9 @@ def peak_memory_mib(function: Callable[..., None], *arguments: object) -> float:
 
 def write_result(name: str, command: str, table: object) -> Path:
     """Store a table with what it was measured on."""
-    cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
+    )
     record = {
         "command": command,
         "date": date.today().isoformat(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,10 +65,11 @@ def ours(model: Model, batch: int, length: int, precision: str, compiled: bool) 
 
 def transformers_llama(model: Model, batch: int, length: int, precision: str, compiled: bool) -> Callable[[], None]:
     """The same for transformers' LlamaForCausalLM of the same shape (SDPA attention), with the loss it would train with."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
+    LlamaConfig, LlamaForCausalLM = (getattr(transformers, name) for name in ("LlamaConfig", "LlamaForCausalLM"))  # untyped
     model = resolve(Config(model=model)).model
-    llama = LlamaForCausalLM(
+    llama: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=model.width, num_hidden_layers=model.layers, num_attention_heads=model.heads,
             num_key_value_heads=model.kv_heads, intermediate_size=model.ffn_width, attn_implementation="sdpa", use_cache=False,
@@ -120,7 +122,13 @@ def cost_of_axes(model: Model, batch: int, length: int, precision: str, rounds: 
     for name, m in models.items():
         measured, predicted = times[name]["best_s"] / times["plain"]["best_s"], flops(m) / flops(models["plain"])
         rows.append(
-            {"axis": name, **times[name], "time_ratio": measured, "flops_ratio": predicted, "over_prediction": measured / predicted}
+            {
+                "axis": name,
+                **times[name],
+                "time_ratio": measured,
+                "flops_ratio": predicted,
+                "over_prediction": measured / predicted,
+            }
         )
     return rows
 
@@ -149,4 +157,6 @@ def main(arguments: list[str]) -> None:
     tables = {"against_transformers": against_transformers(model, *rest), "cost_of_axes": cost_of_axes(model, *rest)}
     for rows in tables.values():
         print_table(rows)
-    print("stored in", write_result(f"step-{given.precision}", f"python -m benchmarks step {' '.join(arguments)}".strip(), tables))
+    print(
+        "stored in", write_result(f"step-{given.precision}", f"python -m benchmarks step {' '.join(arguments)}".strip(), tables)
+    )

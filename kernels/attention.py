@@ -19,7 +19,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def _math_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Pair:
-    """Plain attention of [B,H,S,D] with [B,G,N,D]; mask is [S,N], True where visible. Returns out [B,H,S,D] and lse [B,H,S] (fp32 or wider)."""
+    """Plain attention of [B,H,S,D] with [B,G,N,D]; mask [S,N] is True where visible. Returns out and lse [B,H,S], fp32 or wider."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = _wide(q) @ _wide(k).transpose(-1, -2) * q.shape[-1] ** -0.5
@@ -29,7 +29,9 @@ def _math_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Pair:
     return ((scores - lse[..., None]).exp() @ _wide(v)).to(q.dtype), lse
 
 
-def _math_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _math_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `_math_forward` for a given (out, lse), which may be those of a larger softmax."""
     heads, groups, scale = q.shape[1], k.shape[1], q.shape[-1] ** -0.5
     wide_k, wide_v = (_wide(x).repeat_interleave(heads // groups, 1) for x in (k, v))
@@ -107,14 +109,25 @@ def _packed_forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: i
     if _uses_varlen(q):
         left = window - 1 if window else None
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, borders, borders, longest, longest, 0.0, True, False, window_size_left=left, window_size_right=0 if window else None
+            q,
+            k,
+            v,
+            borders,
+            borders,
+            longest,
+            longest,
+            0.0,
+            True,
+            False,
+            window_size_left=left,
+            window_size_right=0 if window else None,
         )
         return out, lse.transpose(0, 1).contiguous()
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     runs = _segments(borders)
     for run in runs:
-        part, part_lse = flash_forward(*(_heads_first(x, *run) for x in (q, k, v)), True, window)
+        part, part_lse = flash_forward(_heads_first(q, *run), _heads_first(k, *run), _heads_first(v, *run), True, window)
         if len(runs) == 1:  # the kernel's memory is token-major already: a view, no copy
             return part.transpose(1, 2).reshape(q.shape), part_lse.transpose(1, 2).reshape(lse.shape)
         _heads_first(out, *run).copy_(part)
@@ -133,7 +146,8 @@ def _packed_backward(grad, q, k, v, out, lse, borders: Tensor, longest: int, win
     grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     runs = _segments(borders)
     for run in runs:
-        parts = _flash_backward(*(_heads_first(x, *run) for x in (grad, q, k, v, out, lse)), True, window)
+        views = [_heads_first(x, *run) for x in (grad, q, k, v, out, lse)]
+        parts = _flash_backward(views[0], views[1], views[2], views[3], views[4], views[5], True, window)
         if len(runs) == 1:
             dq, dk, dv = (part.transpose(1, 2).reshape(whole.shape) for part, whole in zip(parts, grads, strict=True))
             return dq, dk, dv

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from corpora import build_corpus
 from ranks import RankPool
 
 os.environ |= {
@@ -28,3 +30,9 @@ def ranks() -> Iterator[RankPool]:
     """Rank processes for the whole session: ``ranks.run(function, *args, world_size=4)``; starts when first used."""
     with RankPool(world_size=2) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared corpus of 300 ids, for training runs; read-only, tests that damage it copy it."""
+    return build_corpus(tmp_path_factory.mktemp("corpus") / "words")

@@ -55,7 +55,9 @@ class Experts(Node):
     router: Literal["softmax"] = field("softmax", "softmax: top-k of the softmax over experts")
     balance_loss: float = field(0.01, "weight of the balance loss E*sum(f*p)", ge=0)
     z_loss: float = field(0.001, "weight of the router z-loss, mean of logsumexp^2", ge=0)
-    scope: Literal["global", "rank"] = field("global", "tokens over which balance is counted: the global micro-batch, or one rank's")
+    scope: Literal["global", "rank"] = field(
+        "global", "tokens over which balance is counted: the global micro-batch, or one rank's"
+    )
 
 
 class AltUp(Node):
@@ -75,7 +77,9 @@ class Model(Node):
     heads: int = field(4, "H, query heads", gt=0)
     kv_heads: int | None = field(None, "key/value heads; none = heads", gt=0)
     head_dim: int | None = field(None, "width of a head; none = width / heads", gt=0)
-    ffn_width: int | None = field(None, "hidden width of the feed-forward; none = 8/3 width, rounded up to a multiple of 64", gt=0)
+    ffn_width: int | None = field(
+        None, "hidden width of the feed-forward; none = 8/3 width, rounded up to a multiple of 64", gt=0
+    )
     norm_eps: float = field(1e-6, "epsilon of RMSNorm", gt=0)
     qkv_bias: bool = field(False, "bias on q, k, v (Qwen2)")
     qk_norm: bool = field(False, "RMSNorm on each head's q and k (Qwen3)")
@@ -101,8 +105,12 @@ class Data(Node):
     sources: tuple[Source, ...] = field((Source(path="data/stdlib"),), "corpora, blended by weight", min_length=1)
     tokenizer: str | None = field(None, "tokenizer.json to check ids and decode text; none = the one kept with the corpus")
     sequence_length: int = field(512, "S, tokens per sequence", gt=1)
-    attention: Literal["document", "causal"] = field("document", "document: attention is cut at document borders; causal: it is not")
-    validation_fraction: float = field(0.01, "Megatron pairs only: share of documents held out (prepared corpora carry their split)", ge=0, lt=1)
+    attention: Literal["document", "causal"] = field(
+        "document", "document: attention is cut at document borders; causal: it is not"
+    )
+    validation_fraction: float = field(
+        0.01, "Megatron pairs only: share of documents held out (prepared corpora carry their split)", ge=0, lt=1
+    )
 
 
 class BatchStage(Node):
@@ -215,8 +223,12 @@ class Profile(Node):
 class Guard(Node):
     """What happens to a bad step."""
 
-    nonfinite_in_a_row: int = field(5, "stop after this many steps in a row without a finite gradient; such steps change nothing", gt=0)
-    timeout_seconds: float = field(600.0, "a step or collective longer than this writes every rank's stacks to logs/ and stops, seconds", gt=0)
+    nonfinite_in_a_row: int = field(
+        5, "stop after this many steps in a row without a finite gradient; such steps change nothing", gt=0
+    )
+    timeout_seconds: float = field(
+        600.0, "a step or collective longer than this writes every rank's stacks to logs/ and stops, seconds", gt=0
+    )
 
 
 class Run(Node):

@@ -14,9 +14,7 @@ import torch
 
 from megascale.config.errors import InputError
 from megascale.data.corpus import Split
-
-IGNORED = -100
-"""Label where there is nothing to learn."""
+from megascale.model.loss import IGNORED
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,11 @@ class MicroBatch:
     labels: torch.Tensor
     positions: torch.Tensor
     documents: torch.Tensor
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device; from pinned memory without waiting."""
+        tensors = (self.tokens, self.labels, self.positions, self.documents)
+        return MicroBatch(*(x.to(device, non_blocking=True) for x in tensors))
 
     @cached_property
     def loss_tokens(self) -> int:

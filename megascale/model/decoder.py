@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class Layer(nn.Module):
         block, kept = self.residual.read(state)
         return self._finish(block, kept, self.attention.decode(self.attention_norm(block), packing, cache, layer))[0]
 
-    def _finish(self, block: Tensor, kept, attention: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _finish(self, block: Tensor, kept: Any, attention: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         attended = block + attention
         fed, report = self.feed_forward(self.feed_forward_norm(attended)), {}
         if isinstance(fed, tuple):
@@ -124,7 +125,7 @@ class Decoder(nn.Module):
         return self.head(self.hidden(tokens, positions, documents)[0]).view(*tokens.shape, -1)
 
     def losses(self, tokens: Tensor, positions: Tensor, documents: Tensor, labels: Tensor, scale: Tensor) -> Losses:
-        """The losses of a micro-batch; labels [B, S] (-100: none), scale a scalar that multiplies each token's loss (one over their number)."""
+        """The losses of a micro-batch; labels [B, S] (IGNORED: none), `scale` multiplies each token's loss (one over their number)."""
         x, weights, reports = self.hidden(tokens, positions, documents)
         lm, token_losses = linear_cross_entropy(x, self.head.weight, labels.flatten(), scale)
         auxiliary = {key: reports.pop(key) for key in AUXILIARY if key in reports}
@@ -137,6 +138,7 @@ class Decoder(nn.Module):
         packing = pack(positions, torch.zeros_like(positions), self.config)
         state = expand(self.embedding(tokens.flatten()), self.config.streams.count, self.config.altup.blocks)
         for name, layer in self.layers.items():
+            assert isinstance(layer, Layer)
             state = layer.decode(state, packing, cache, int(name))
         cache.length += new
         last = state.unflatten(0, (batch, new))[:, -1]

@@ -37,7 +37,7 @@ def initial_std(name: str, model: Model) -> float | None:
 
     Projections back into the residual are divided by sqrt(2 L), so that its variance does not grow with depth (GPT-2).
     """
-    if name.endswith("norm.weight") or name.endswith("bias") or ".residual." in name:
+    if name.endswith(("norm.weight", "bias")) or ".residual." in name:
         return None
     if name.endswith((".o.weight", ".down.weight", ".down")):
         return model.init_std / math.sqrt(2 * model.layers)

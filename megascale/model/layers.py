@@ -45,7 +45,7 @@ def rotary_frequencies(head_dim: int, rotary: Rotary) -> tuple[Tensor, float]:
     """Angular frequencies [D/2] (fp64, radians per token) and the factor on cos and sin.
 
     llama3: frequencies whose wave is long against `original_context` are divided by `factor`, with a linear passage (Llama 3.1 report,
-    section 3.4). yarn: the passage is linear in the dimension, and cos and sin are scaled by 0.1 ln(factor) + 1 (arXiv 2309.00071, 3.2-3.4).
+    section 3.4). yarn: the passage is linear in the dimension, cos and sin are scaled by 0.1 ln(factor) + 1 (arXiv 2309.00071, 3.2-3.4).
     """
     frequencies = rotary.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     if rotary.scaling == "none":

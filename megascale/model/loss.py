@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are computed in the forward pass, chunk by chunk, while the logits exist (as Liger kernel does, arXiv 2410.10989)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         token_losses = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
         grad_x = torch.empty_like(x) if needs_gradient else None
@@ -63,7 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return token_losses.sum() * scale, token_losses
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _grad_token_losses):
+    def backward(ctx: Any, grad: Tensor, _grad_token_losses: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * grad.to(grad_x.dtype), grad_weight * grad, None, None
 

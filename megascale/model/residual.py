@@ -60,7 +60,10 @@ class AltUpResidual(nn.Module):
         predictions = [self._predictions(blocks, i) for i in range(len(blocks))]
         if not self.predicted:
             delta = delta - predictions[self.computed]
-        new = [block + mixed + (1 + self.correct[i]) * delta for i, (block, mixed) in enumerate(zip(blocks, predictions, strict=True))]
+        new = [
+            block + mixed + (1 + self.correct[i]) * delta
+            for i, (block, mixed) in enumerate(zip(blocks, predictions, strict=True))
+        ]
         return torch.stack(new, 2).to(blocks[0].dtype)
 
 

@@ -1,6 +1,12 @@
-"""Routed experts: softmax top-k router, dropless dispatch by sorting, grouped GEMM. T tokens, P streams, N = T*P rows, E experts, k per token."""
+"""Routed experts: softmax top-k router, dropless dispatch by sorting, grouped GEMM.
+
+T tokens, P streams, N = T*P rows, d width, E experts, k per token.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +28,22 @@ class Router(nn.Module):
         super().__init__()
         self.experts, self.per_token, self.streams = model.experts.count, model.experts.per_token, model.streams.count
         self.weight = nn.Parameter(torch.empty(self.experts, model.width))
-        self.population_sum = identity
+        self.population_sum: Callable[[Tensor], Tensor] = identity
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """x [N, d] -> gates [N, k] (fp32), experts [N, k] (int64), and what the losses and the metrics need.
 
         balance = E sum_e f_e p_e, f the share of choices and p the mean probability over the routing population: the global micro-batch of
         one stream (Switch, arXiv 2101.03961, Eq. 4-6); router_z = mean logsumexp^2 (arXiv 2202.08906, Eq. 5). Each rank returns its own
-        tokens' part of both, so that the sum over ranks is the loss. load [P, E] counts the population's choices.
+        tokens' part of both, so that the sum over ranks is the loss. load [P, E] counts the population's choices. In evaluation there is nothing but the choice.
         """
         logits = F.linear(x.to(self.weight.dtype), self.weight)
         probabilities = logits.softmax(-1)
         gates, experts = probabilities.topk(self.per_token, -1)
         if self.per_token > 1:
             gates = gates / gates.sum(-1, keepdim=True)
+        if not self.training:  # no loss to balance, and ranks may evaluate different numbers of batches: no exchange
+            return gates, experts, {}
         chosen = torch.zeros_like(probabilities).scatter_(-1, experts, 1.0)
         local = chosen.view(-1, self.streams, self.experts).sum(0)
         tokens = local.new_full((1, self.experts), x.shape[0] / self.streams)
@@ -89,12 +97,12 @@ class _TakeRows(torch.autograd.Function):
     """x[index], whose backward sums the known places of each row instead of scattering with atomics: same bits on every run."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(places)
         return x[index]
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
         return (grad[places[:, 0]] if places.shape[1] == 1 else grad[places].sum(1)), None, None
 

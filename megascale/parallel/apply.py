@@ -14,7 +14,9 @@ from megascale.parallel.world import World
 
 def _population_sum(counts: Tensor) -> Tensor:
     """The sum of the ranks' counts, as an op that torch.compile keeps in its graph."""
-    return functional.all_reduce(counts, "sum", dist.group.WORLD)
+    world = dist.group.WORLD
+    assert world is not None, "more than one rank"
+    return functional.all_reduce(counts, "sum", world)
 
 
 def apply(decoder: Decoder, config: Config, world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -69,13 +70,13 @@ class PlainEngine:
                 p.grad_dtype = torch.float32
             p.grad = self.flat[start : start + p.numel()].view_as(p)
             start, count = start + p.numel(), count + 1
-            p.register_post_accumulate_grad_hook(lambda _, bucket=len(self.buckets): self._gradient_final(bucket))
+            p.register_post_accumulate_grad_hook(partial(self._gradient_final, len(self.buckets)))
             if start - first >= BUCKET or i == len(backwards) - 1:
                 self.buckets.append(_Bucket(self.flat[first:start], count))
                 first, count = start, 0
         self.last_micro_batch = False
 
-    def _gradient_final(self, index: int) -> None:
+    def _gradient_final(self, index: int, _parameter: Tensor) -> None:
         bucket = self.buckets[index]
         if not self.last_micro_batch or self.world.size == 1:
             return
@@ -152,8 +153,8 @@ class PlainEngine:
         states = []
         for optimizer in self.optimizers:
             by_leaf = [optimizer.state[leaf] for leaf in self.leaves.get(name, ()) if leaf in optimizer.state]
-            for kind in by_leaf[0] if by_leaf else ():
-                states.append((f"{type(optimizer).__name__.lower()}.{kind}", [state[kind] for state in by_leaf]))
+            prefix = type(optimizer).__name__.lower()
+            states += [(f"{prefix}.{kind}", [state[kind] for state in by_leaf]) for kind in (by_leaf[0] if by_leaf else ())]
         return states
 
     def rectangles(self) -> Iterable[Rectangle]:

@@ -56,13 +56,13 @@ def rank_variables(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
     """(rank, world size, local rank, local size) as deepspeed, torchrun or srun tell them; (0, 1, 0, 1) where none does."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        fallback = (0, 1, environment["RANK"], environment["WORLD_SIZE"])
+        fallback = ("0", "1", environment["RANK"], environment["WORLD_SIZE"])
     elif "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         keys = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
-        fallback = (0, 1, 0, 1)
+        fallback = ("0", "1", "0", "1")
     else:
         return 0, 1, 0, 1
-    values = [str(environment.get(key, default)) for key, default in zip(keys, fallback, strict=True)]
+    values = [environment.get(key, default) for key, default in zip(keys, fallback, strict=True)]
     rank, size, local_rank, local_size = (int(value.split("(")[0].split(",")[0]) for value in values)
     return rank, size, local_rank, local_size
 
@@ -78,7 +78,9 @@ def start_world(timeout_seconds: float) -> World:
     if size > 1:
         for key in ("MASTER_ADDR", "MASTER_PORT"):
             if key not in os.environ:
-                raise InputError(f"environment variable {key}", f"is not set, but there are {size} ranks", "export it, the same on all nodes")
+                raise InputError(
+                    f"environment variable {key}", f"is not set, but there are {size} ranks", "export it, the same on all nodes"
+                )
         torch.distributed.init_process_group(
             device.backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds), init_method="env://"
         )

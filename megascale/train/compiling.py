@@ -22,7 +22,9 @@ def missing_compiler(device: torch.device) -> str | None:
     return None
 
 
-def compile_layers(decoder: Decoder, mode: Literal["auto", "on", "off"], device: torch.device, say: Callable[[str], None]) -> None:
+def compile_layers(
+    decoder: Decoder, mode: Literal["auto", "on", "off"], device: torch.device, say: Callable[[str], None]
+) -> None:
     """Compile each layer and the loss, in place. All layers of one kind share one compilation.
 
     Raises:

@@ -15,6 +15,7 @@ PRIMING_BYTES = 128 << 20
 """Most training text that xz is primed with: its encoder needs about 11 times the dictionary in memory."""
 
 _PRESET_9_DICTIONARY = 64 << 20
+_LARGEST_DICTIONARY = 256 << 20
 _DOCUMENTS = 256  # decoded at a time
 
 
@@ -22,7 +23,8 @@ def bits_per_byte(held_out: bytes, training: bytes) -> dict[str, float]:
     """Compressed size of the held-out text in bits per byte, by compressor.
 
     ``gzip -9``; ``xz -9``; ``xz -9, primed``: by how much the compressed training text grows when the held-out text follows it,
-    with a dictionary that holds both. All run at the same time, in threads: both libraries work without the interpreter's lock.
+    with a dictionary that holds both (up to 256 MiB). All run at the same time, in threads: both libraries work without the
+    interpreter's lock.
 
     Args:
         held_out: not empty.
@@ -37,7 +39,7 @@ def bits_per_byte(held_out: bytes, training: bytes) -> dict[str, float]:
 
 
 def _xz_size(text: bytes, window: int) -> int:
-    dictionary = max(window, _PRESET_9_DICTIONARY)
+    dictionary = min(max(window, _PRESET_9_DICTIONARY), _LARGEST_DICTIONARY)
     return len(lzma.compress(text, lzma.FORMAT_XZ, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": dictionary}]))
 
 

@@ -21,8 +21,8 @@ class SlidingWindows(SequenceSet):
     """A split read through overlapping windows of S = `length` tokens, each `stride` further than the one before.
 
     The first window scores all of its labels, the others only the last `stride`, which the window before did not reach. So every
-    token is scored once, and all but those of the first window with at least S - stride tokens before it (fewer where its document
-    is younger). stride = S are the sequences of `SequenceSet`.
+    token is scored once, and behind the first window with at least S - stride tokens before it (fewer where its document is
+    younger). stride = S are the sequences of `SequenceSet`.
     """
 
     stride: int

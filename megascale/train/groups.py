@@ -47,7 +47,9 @@ def optimizer_groups(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: 
     for i, group in enumerate(optimizer.groups):
         if not any(fnmatchcase(name, group.pattern) for name, _ in parameters):
             some = ", ".join(name for name, _ in parameters[:4])
-            raise InputError(f"optimizer.groups.{i}.pattern", f"{group.pattern!r} matches no parameter", f"names look like {some}, ...")
+            raise InputError(
+                f"optimizer.groups.{i}.pattern", f"{group.pattern!r} matches no parameter", f"names look like {some}, ..."
+            )
     found: dict[str, OptimizerGroup] = {}
     for name, parameter in parameters:
         group_name, group = _named(name, parameter.ndim, optimizer)
@@ -55,7 +57,9 @@ def optimizer_groups(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: 
         if group.frozen:
             continue
         vector = parameter.ndim < 2 or ".residual." in name
-        by_muon = optimizer.name == "muon" and not vector and any(fnmatchcase(name, p) for p in MUON_PATTERNS) and "router" not in name
+        by_muon = (
+            optimizer.name == "muon" and not vector and any(fnmatchcase(name, p) for p in MUON_PATTERNS) and "router" not in name
+        )
         label = group_name + ("_muon" if by_muon else "_vectors" if vector and group_name.startswith("group_") else "")
         decay = group.weight_decay
         if decay is None:
@@ -64,5 +68,7 @@ def optimizer_groups(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: 
         members = found.setdefault(label, OptimizerGroup(label, "muon" if by_muon else "adamw", peak, decay, {})).parameters
         members[name] = parameter
     if not found:
-        raise InputError("optimizer.groups", "every parameter is frozen: there is nothing to train", "leave at least one group trainable")
+        raise InputError(
+            "optimizer.groups", "every parameter is frozen: there is nothing to train", "leave at least one group trainable"
+        )
     return list(found.values())

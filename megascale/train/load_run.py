@@ -40,7 +40,7 @@ class LoadedRun:
         decoder: in evaluation mode, without gradients.
         world: this process alone, and its device.
         separator: id of the token between documents; None without a tokenizer.
-        starts_with_separator: whether documents start with the separator (prepared corpora), or only end with it (Megatron pairs).
+        starts_with_separator: documents start with the separator (prepared corpora); else they only end with it (Megatron pairs).
     """
 
     folder: Path

@@ -12,6 +12,7 @@ from megascale.config.errors import InputError
 from megascale.config.load import load_config
 from megascale.config.resolve import resolve
 from megascale.config.schema import Config
+from megascale.data.open_data import OpenData
 from megascale.model.accounting import parameters
 from megascale.observe.console import ConsoleSink, format_header
 from megascale.observe.sinks import FanOut, JsonlSink, Sink, next_lineage
@@ -20,7 +21,7 @@ from megascale.parallel.world import World, end_world, start_world
 from megascale.train.build import build, open_run_data
 from megascale.train.run_folder import open_run_folder, write_manifest
 from megascale.train.stopping import StopRequest, write_exit
-from megascale.train.trainer import Trainer
+from megascale.train.trainer import Say, Trainer
 
 
 def train(config_file: Path, overrides: Sequence[str]) -> int:
@@ -60,7 +61,7 @@ def _open_folder(config: Config, world: World) -> Path:
     return Path(config.run.folder) / config.run.name
 
 
-def _speaker(world: World):
+def _speaker(world: World) -> Say:
     def say(line: str) -> None:
         if world.rank == 0:
             print(line, file=sys.stderr, flush=True)
@@ -68,7 +69,7 @@ def _speaker(world: World):
     return say
 
 
-def _run(config: Config, data, world: World, folder: Path, say) -> int:
+def _run(config: Config, data: OpenData, world: World, folder: Path, say: Say) -> int:
     metrics = folder / "metrics.jsonl"
     lineage = world.broadcast(next_lineage(metrics) if world.rank == 0 else None)
     if world.rank == 0:
@@ -81,7 +82,9 @@ def _run(config: Config, data, world: World, folder: Path, say) -> int:
         parts = build(config, data, world, say)
         counted = parameters(config.model)
         if world.rank == 0:
-            write_manifest(folder, data_digest=data.digest, parameters=counted.total, world=world.size, device=world.device.name())
+            write_manifest(
+                folder, data_digest=data.digest, parameters=counted.total, world=world.size, device=world.device.name()
+            )
             sink = _open_sinks(config, metrics, lineage, folder)
             tokens = config.batch.sequences * config.data.sequence_length
             print(

@@ -33,7 +33,9 @@ class StepProfiler:
         self.profiler.stop()
         stem = f"steps-{self.first}-{self.last}-rank-{self.rank}"
         self.profiler.export_chrome_trace(str(self.logs / f"trace-{stem}.json.gz"))
-        (self.logs / f"profile-{stem}.txt").write_text(self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40))
+        (self.logs / f"profile-{stem}.txt").write_text(
+            self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
+        )
         if self.memory:
             record_memory_history(str(self.logs / f"memory-{stem}.pickle"))
         self.profiler = None

@@ -31,16 +31,22 @@ def open_run_folder(config: Config) -> Path:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise InputError(f"run folder {folder}", f"cannot be written: {error.strerror}", "choose another run.folder=PATH") from error
+        raise InputError(
+            f"run folder {folder}", f"cannot be written: {error.strerror}", "choose another run.folder=PATH"
+        ) from error
     kept = folder / "config.yaml"
     if not kept.exists():
         kept.write_text(dump(config))
         return folder
     earlier = load_config(kept).config
     if digest(earlier) != digest(config):
-        changes = "; ".join(f"{path}: {a!r} -> {b!r}" for path, a, b in difference(earlier, config) if not path.startswith(UNTRAINED))
+        changes = "; ".join(
+            f"{path}: {a!r} -> {b!r}" for path, a, b in difference(earlier, config) if not path.startswith(UNTRAINED)
+        )
         raise InputError(
-            f"run folder {folder}", f"holds a run of another config ({changes})", "choose another run.name=NAME, or delete the folder"
+            f"run folder {folder}",
+            f"holds a run of another config ({changes})",
+            "choose another run.name=NAME, or delete the folder",
         )
     return folder
 

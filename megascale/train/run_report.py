@@ -140,7 +140,11 @@ def fitting_prompt(held_out: str) -> str:
 
 def _next_commands(run: LoadedRun) -> list[dict[str, str]]:
     name, config = run.config.run.name, run.folder / "config.yaml"
-    streams = 2 * run.config.model.streams.count
+    train, steps, streams = (
+        f"megascale train --config {config}",
+        2 * run.config.schedule.steps,
+        2 * run.config.model.streams.count,
+    )
     commands = {
         "continue a text": f"megascale generate {run.folder} --prompt 'import'",
         "score a file, each token with a long context": (
@@ -148,9 +152,9 @@ def _next_commands(run: LoadedRun) -> list[dict[str, str]]:
         ),
         "the curves": f"megascale dashboard show --run {run.folder}",
         "this report as a page": f"megascale report {run.folder} --html",
-        _RESUME: f"megascale train --config {config}",
-        "the same for twice as long": f"megascale train --config {config} run.name={name}-long schedule.steps={2 * run.config.schedule.steps}",
-        "twice the streams": f"megascale train --config {config} run.name={name}-p{streams} model.streams.count={streams}",
+        _RESUME: train,
+        "the same for twice as long": f"{train} run.name={name}-long schedule.steps={steps}",
+        "twice the streams": f"{train} run.name={name}-p{streams} model.streams.count={streams}",
     }
     if _read_json(run.folder / "exit.json").get("reason") == "done":
         del commands[_RESUME]

@@ -70,9 +70,9 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Continue a prompt several times at once, one token of every sample at a time.
 
-    Past `context` tokens the window slides: the newer half of the text is computed anew as a text of its own (rotary positions beyond
-    those of training extrapolate badly, and sequences in training start inside documents too), so a slide costs one prefill every
-    context / 2 tokens.
+    Past `context` tokens the window slides: the newer half of the text is computed anew as a text of its own, one prefill every
+    context / 2 tokens. Rotary positions beyond those of training extrapolate badly, while sequences that start inside documents
+    are what training is made of.
 
     Args:
         prompt: ids, 1 to `context` of them.

@@ -27,6 +27,7 @@ from megascale.train.machine import FAILED, OK, Finding
 RANKS = 2
 STEPS = 60
 _TIMEOUT_SECONDS = 120.0
+_LOG_LINES = 15
 
 _CONFIG = """
 model:
@@ -94,7 +95,7 @@ class SelfTest:
         return f"after step {self._last_step(name)} of {STEPS}"
 
     def resume(self, name: str) -> str:
-        """Train a stopped run to the end; returns where it went on. A run that began anew would end with the same weights, and fails here."""
+        """Train a stopped run to the end; returns where it went on. One that began anew, to the same weights, fails here."""
         stopped = self._last_step(name)
         self.train(name)
         first = min(record["step"] for record in read_metrics(self.folder / name / "metrics.jsonl") if record["lineage"] == 2)
@@ -114,7 +115,9 @@ class SelfTest:
         command = [*launcher, "-m", "megascale", "train", "--config", str(self.folder / "config.yaml"), f"run.name={name}"]
         package = str(Path(megascale.__file__).parent.parent)
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        # on the CPU everywhere: two ranks cannot share one GPU, and the verdict is about the code
+        settings = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, **settings}
         with (self.folder / f"{name}.log").open("a") as log:
             return subprocess.Popen([sys.executable, *command], env=environment, stdout=log, stderr=log, text=True)
 
@@ -124,7 +127,7 @@ class SelfTest:
         except subprocess.TimeoutExpired as error:
             process.terminate()  # the launcher ends its ranks
             process.wait()
-            raise SelfTestError(f"no end after {_TIMEOUT_SECONDS:.0f} s: {self._log_tail(name)}") from error
+            raise SelfTestError(f"no end after {_TIMEOUT_SECONDS:.0f} s: {self._log_excerpt(name)}") from error
 
     def _last_step(self, name: str) -> int:
         return int(json.loads((self.folder / name / "exit.json").read_text())["step"])
@@ -133,10 +136,13 @@ class SelfTest:
         path = self.folder / name / "exit.json"
         found = json.loads(path.read_text())["reason"] if path.exists() else "no exit.json"
         if found != reason:
-            raise SelfTestError(f"the run ended with {found}, not {reason}: {self._log_tail(name)}")
+            raise SelfTestError(f"the run ended with {found}, not {reason}: {self._log_excerpt(name)}")
 
-    def _log_tail(self, name: str) -> str:
-        return "\n" + "\n".join((self.folder / f"{name}.log").read_text().splitlines()[-15:])
+    def _log_excerpt(self, name: str) -> str:
+        """The first error in the log and what follows it: the launcher's own account of its ranks comes last and says less."""
+        lines = (self.folder / f"{name}.log").read_text().splitlines()
+        first = next((i for i, line in enumerate(lines) if "error" in line.lower()), -_LOG_LINES)
+        return "\n" + "\n".join(lines[first:][:_LOG_LINES])
 
 
 def weights_digest(run_folder: Path) -> str:

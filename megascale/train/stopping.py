@@ -1,4 +1,4 @@
-"""Why and how a run ends: signals and the STOP file become one flag that all ranks read at the step boundary; exit.json tells the reason."""
+"""Why and how a run ends: signals and the STOP file become a flag that all ranks read at the step boundary; exit.json tells the reason."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import FrameType
 
 EXIT_CODES = {"done": 0, "stop": 0, "requeue": 85, "error": 1, "no_retry": 93}
 """Process exit code by the reason in exit.json. Launchers may swallow codes, so job scripts read the file."""
@@ -24,7 +25,7 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._signalled)
 
-    def _signalled(self, number: int, _frame) -> None:
+    def _signalled(self, number: int, _frame: FrameType | None) -> None:
         self.level = max(self.level, self.STOP if number == signal.SIGINT else self.REQUEUE)
 
     def poll(self, rank: int) -> int:

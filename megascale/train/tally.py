@@ -25,7 +25,9 @@ class Tally:
         parts = [losses.lm.detach().reshape(1).float()]
         for name in AUXILIARY:
             value = losses.auxiliary.get(name)
-            parts.append(parts[0].new_zeros(1) if value is None else value.detach().reshape(1).float() * (share * self.weights[name]))
+            parts.append(
+                parts[0].new_zeros(1) if value is None else value.detach().reshape(1).float() * (share * self.weights[name])
+            )
         if losses.stream_weights is not None:
             weights = losses.stream_weights.float()
             parts += [weights.sum(0), -(weights * weights.log()).sum().reshape(1), weights.new_tensor([weights.shape[0]])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from megascale.train.stopping import StopRequest
 from megascale.train.tally import Tally
 from megascale.train.validate import validate
 
+Say = Callable[[str], None]
+"""Prints one line for the user, on rank 0."""
+
 
 @dataclass
 class Progress:
@@ -47,7 +51,7 @@ class TrainingError(RuntimeError):
 class Trainer:
     """Trains `parts` from its newest checkpoint to the last step of the schedule."""
 
-    def __init__(self, parts: Parts, world: World, folder: Path, sink: Sink, lineage: int, say):
+    def __init__(self, parts: Parts, world: World, folder: Path, sink: Sink, lineage: int, say: Say):
         self.parts, self.world, self.folder, self.sink, self.lineage, self.say = parts, world, folder, sink, lineage, say
         self.config, self.engine, self.decoder = parts.config, parts.engine, parts.decoder
         experts = self.config.model.experts
@@ -103,7 +107,7 @@ class Trainer:
         flags[level] = 1
         return max(i for i, count in enumerate(self.world.sum(flags).tolist()) if count)
 
-    def _step(self, batches) -> dict[str, float | int | str]:
+    def _step(self, batches: Iterator[StepBatch]) -> dict[str, float | int | str]:
         """One optimizer step and its metrics record."""
         started = time.perf_counter()
         batch: StepBatch = next(batches)
@@ -156,8 +160,8 @@ class Trainer:
         scale = torch.full((), 1 / step_tokens, device=device)
         tally = Tally(self.config.model.streams.count, self.auxiliary_weights, experts.scope == "global")
         for i, (micro, share) in enumerate(zip(batch.micro_batches, shares, strict=True)):
-            tensors = (x.to(device, non_blocking=True) for x in (micro.tokens, micro.positions, micro.documents, micro.labels))
-            losses = self.decoder.losses(*tensors, scale)
+            here = micro.to(device)
+            losses = self.decoder.losses(here.tokens, here.positions, here.documents, here.labels, scale)
             loss = losses.lm
             for name, value in losses.auxiliary.items():
                 loss = loss + value * (self.auxiliary_weights[name] * share)

@@ -209,7 +209,9 @@ pairs = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(1, 7), st.in
 def test_merging_two_key_sets_is_attention_over_both(sizes: tuple[int, int, int, int]) -> None:
     queries, first, second, seed = sizes
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(1, 2, n, 4, generator=generator, dtype=torch.float64) for n in (queries, first + second, first + second))
+    q, k, v = (
+        torch.randn(1, 2, n, 4, generator=generator, dtype=torch.float64) for n in (queries, first + second, first + second)
+    )
     parts = [flash_forward(q, k[:, :, s], v[:, :, s], False) for s in (slice(0, first), slice(first, None))]
     out, lse = merge_by_lse(*parts[0], *parts[1])
     whole_out, whole_lse = flash_forward(q, k, v, False)

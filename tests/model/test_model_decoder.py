@@ -80,7 +80,11 @@ def test_a_later_token_changes_nothing_before_it() -> None:
 def test_the_plain_model_has_the_plain_decoders_keys_and_no_other() -> None:
     layer = ["attention_norm", "feed_forward_norm", *(f"attention.{x}" for x in "qkvo")]
     layer += [f"feed_forward.{x}" for x in ("gate", "up", "down")]
-    expected = {f"layers.{i}.{name}.weight" for i in range(2) for name in layer} | {"embedding.weight", "norm.weight", "head.weight"}
+    expected = {f"layers.{i}.{name}.weight" for i in range(2) for name in layer} | {
+        "embedding.weight",
+        "norm.weight",
+        "head.weight",
+    }
     assert set(decoder_with({}).state_dict()) == expected
     off = {"streams": {"count": 1}, "experts": {"count": 1}, "altup": {"blocks": 1}}
     assert set(decoder_with(off).state_dict()) == expected
@@ -96,7 +100,9 @@ def test_tied_embeddings_are_one_parameter() -> None:
 def test_the_loss_is_the_cross_entropy_of_the_logits(settings: dict[str, Any]) -> None:
     decoder, batch = decoder_with(settings), packed_batch([[5, 7], [12]])
     losses = batch.losses(decoder)
-    expected = torch.nn.functional.cross_entropy(decoder(*batch.inputs).flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
+    expected = torch.nn.functional.cross_entropy(
+        decoder(*batch.inputs).flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED
+    )
     torch.testing.assert_close(losses.lm, expected)
     assert not losses.token_losses[batch.labels.flatten() == IGNORED].any()
 

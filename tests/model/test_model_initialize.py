@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from megascale.model.initialize import ROWS, generator, initial_std, normal_rows
 from tiny import tiny_decoder, tiny_model
 
-EVERYTHING = {"streams": {"count": 2}, "experts": {"count": 4, "per_token": 2, "shared": 1}, "altup": {"blocks": 2}, "qkv_bias": True}
+EVERYTHING = {
+    "streams": {"count": 2},
+    "experts": {"count": 4, "per_token": 2, "shared": 1},
+    "altup": {"blocks": 2},
+    "qkv_bias": True,
+}
 
 
 @settings(max_examples=30)

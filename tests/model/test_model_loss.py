@@ -13,7 +13,9 @@ from megascale.model import loss
 from megascale.model.loss import IGNORED, linear_cross_entropy
 
 
-def inputs(tokens: int, ids: int = 11, width: int = 6, dtype: torch.dtype = torch.float64, ignored: int = 0) -> tuple[Tensor, ...]:
+def inputs(
+    tokens: int, ids: int = 11, width: int = 6, dtype: torch.dtype = torch.float64, ignored: int = 0
+) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, width, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(ids, width, generator=generator).to(dtype).requires_grad_()

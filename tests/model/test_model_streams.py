@@ -92,7 +92,9 @@ def test_prefixes_that_no_query_sees_leave_the_plain_model() -> None:
 
 @settings(max_examples=30)
 @given(tokens=st.integers(1, 6), streams=st.integers(2, 8), smoothing=st.floats(0, 0.9), seed=st.integers(0, 99))
-def test_weights_sum_to_one_and_none_is_below_its_share_of_epsilon(tokens: int, streams: int, smoothing: float, seed: int) -> None:
+def test_weights_sum_to_one_and_none_is_below_its_share_of_epsilon(
+    tokens: int, streams: int, smoothing: float, seed: int
+) -> None:
     torch.manual_seed(seed)
     aggregator = Aggregator(8, streams, smoothing)
     torch.nn.init.normal_(aggregator.mix.weight, std=20)

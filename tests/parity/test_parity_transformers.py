@@ -28,7 +28,6 @@ SHAPE = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 EXPERTS = {"count": 4, "per_token": 2, "width": 64}
-Names = dict[str, Callable[[dict[str, Tensor]], Tensor]]
 
 
 def matching(kind: str, **config: Any) -> Callable[[], nn.Module]:

@@ -1,0 +1,48 @@
+"""Who a process is, as each launcher tells it."""
+
+from __future__ import annotations
+
+import pytest
+
+from megascale.config.errors import InputError
+from megascale.parallel.world import rank_variables, start_world
+
+TORCHRUN = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
+DEEPSPEED = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_SIZE": "8"}
+SLURM = {"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
+
+
+@pytest.mark.parametrize("variables", [TORCHRUN, DEEPSPEED, SLURM], ids=["torchrun", "deepspeed", "srun"])
+def test_every_launcher_tells_rank_world_and_the_place_on_the_node(variables: dict[str, str]) -> None:
+    assert rank_variables(variables) == (9, 16, 1, 8)
+
+
+def test_slurms_uneven_nodes() -> None:
+    variables = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8,4(x2)", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
+    assert rank_variables(variables) == (3, 16, 3, 8)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{}, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_PROCID": "0"}, {"LOCAL_RANK": "0"}],
+    ids=["nothing", "one task", "a job without steps", "half a launcher"],
+)
+def test_without_a_launcher_there_is_one_process(variables: dict[str, str]) -> None:
+    assert rank_variables(variables) == (0, 1, 0, 1)
+
+
+def test_torchrun_inside_a_slurm_job_wins() -> None:
+    assert rank_variables(SLURM | {**TORCHRUN, "RANK": "2"})[0] == 2
+
+
+def test_a_mere_rank_is_taken_for_one_node() -> None:
+    assert rank_variables({"RANK": "1", "WORLD_SIZE": "4"}) == (1, 4, 1, 4)
+
+
+def test_ranks_without_a_meeting_place_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="environment variable MASTER_ADDR: is not set, but there are 2 ranks\n  -> export it"):
+        start_world(1.0)

@@ -1,0 +1,141 @@
+"""Tiny training runs: their configs, and ways to run them in this process, on some ranks, or by the real command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megascale.config.load import load_config
+from megascale.config.resolve import resolve
+from megascale.config.schema import Config
+from megascale.observe.metrics import Record
+from megascale.parallel.device import Device
+from megascale.parallel.world import World
+from megascale.train.build import Parts, build, open_run_data
+from megascale.train.run_folder import open_run_folder
+from megascale.train.stopping import StopRequest
+from megascale.train.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+ALL_AXES = (
+    "model.streams={count: 2, prefix_tokens: 4}",
+    "model.experts={count: 4, per_token: 2, width: 16}",
+    "model.altup={blocks: 2}",
+)
+PATTERN = """
+run: {{name: tiny, folder: {runs}}}
+model: {{width: 32, layers: 2, heads: 4, kv_heads: 2, ffn_width: 64}}
+data: {{sources: [{{path: {corpus}}}], sequence_length: 32}}
+batch: {{sequences: 4}}
+optimizer: {{lr: 0.01}}
+schedule: {{steps: 6, warmup_steps: 2}}
+compile: "off"
+validation: {{every: 0}}
+checkpoint: {{every: 0}}
+observe: {{wandb: {{mode: "off"}}}}
+"""
+
+
+def write_config(folder: Path, corpus: Path) -> Path:
+    """The YAML file of a tiny run whose run folders lie below `folder`."""
+    path = folder / "tiny.yaml"
+    path.write_text(PATTERN.format(runs=folder / "runs", corpus=corpus))
+    return path
+
+
+def tiny_config(folder: Path, corpus: Path, *overrides: str) -> Config:
+    """That config with overrides, resolved."""
+    return resolve(load_config(write_config(folder, corpus), overrides).config)
+
+
+def one_process(rank: int = 0, size: int = 1) -> World:
+    """The world of this process on the CPU."""
+    return World(rank, size, Device(torch.device("cpu"), "gloo"))
+
+
+def build_parts(config: Config, world: World | None = None) -> Parts:
+    """Data, model and engine of a run."""
+    return build(*open_run_data(config), world or one_process(), lambda _: None)
+
+
+class NoSignals(StopRequest):
+    """A stop request that only the STOP file and the test itself make: handlers belong to the process."""
+
+    def __init__(self, stop_file: Path):
+        self.stop_file, self.level = stop_file, self.NONE
+
+
+class Run:
+    """A trainer ready to train, resumed if its folder holds a checkpoint, and its records. `change` may spoil its parts first."""
+
+    def __init__(self, config: Config, world: World | None = None, change: Callable[[Parts], None] | None = None):
+        world = world or one_process()
+        self.folder = Path(config.run.folder) / config.run.name
+        if world.rank == 0:
+            open_run_folder(config)
+        world.barrier()
+        parts = build_parts(config, world)
+        if change is not None:
+            change(parts)
+        self.records: list[Record] = []
+        self.said: list[str] = []
+        self.stop = NoSignals(self.folder / "STOP")
+        self.trainer = Trainer(parts, world, self.folder, self, 1, self.said.append)
+
+    def write(self, record: Record) -> None:
+        """The sink of the run."""
+        self.records.append(record)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def train(self) -> str:
+        """Trains to the end; the reason for exit.json."""
+        return self.trainer.run(self.stop)
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The masters, as copies."""
+        return {name: master.detach().clone() for name, master in self.trainer.engine.masters.items()}
+
+
+def train_tiny(config: Config, change: Callable[[Parts], None] | None = None) -> Run:
+    """Trains a config in this process to its end."""
+    run = Run(config, change=change)
+    run.train()
+    return run
+
+
+def losses(records: list[Record], *names: str) -> list[list[Any]]:
+    """The named metrics of each record, by default the loss and the gradient norm."""
+    return [[record[name] for name in names or ("train/lm_loss", "train/grad_norm")] for record in records]
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with one thread and no launcher's variables."""
+    drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID"}
+    return {name: value for name, value in os.environ.items() if name not in drop} | {"OMP_NUM_THREADS": "1"}
+
+
+def start_pretrain(config: Path, *overrides: str) -> subprocess.Popen[str]:
+    """The real command, running."""
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--config", str(config), *overrides]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def pretrain(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """The real command, to its end."""
+    process = start_pretrain(config, *overrides)
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
