@@ -8,7 +8,8 @@ from pathlib import Path
 from megascale.data.prepare import PrepareRequest, prepare_corpus
 from megascale.data.sources import SourceRequest
 
-WORDS = "the a one two red green small stream block expert learns reads writes holds and or but never always . , ; \n".split(" ")
+WORDS = ["the", "a", "one", "two", "red", "green", "small", "stream", "block", "expert"]
+WORDS += ["learns", "reads", "writes", "holds", "and", "or", "but", "never", "always", ".", ",", ";", "\n"]
 VOCABULARY = 300
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megascale.config.resolve import resolve
 from megascale.config.schema import AltUp, Config, Experts, Model, Rotary, Streams
-from megascale.model.decoder import Decoder
+from megascale.model.decoder import Decoder, Losses
 from megascale.model.initialize import initialize
 
 IGNORED = -100
@@ -33,7 +33,7 @@ def tiny_decoder(model: Model, seed: int = 0, spread: float = 0.0) -> Decoder:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in decoder.parameters():
-                parameter += spread * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=spread)
     return decoder
 
 
@@ -51,7 +51,7 @@ class Batch:
         """What the forward pass takes."""
         return self.tokens, self.positions, self.documents
 
-    def losses(self, decoder: Decoder, scale: float | None = None):
+    def losses(self, decoder: Decoder, scale: float | None = None) -> Losses:
         """The decoder's losses; by default each token weighs one over the number of labels."""
         count = int((self.labels != IGNORED).sum())
         return decoder.losses(*self.inputs, self.labels, torch.tensor(scale or 1 / count))

@@ -35,7 +35,7 @@ class AltUpResidual(nn.Module):
     correct  x'_i = xh_i + (1 + dg_i) (F + r - xh_j),   F = attention + feed-forward, r the block that was read
 
     With `read: old` r = x_j, so r - xh_j = -sum_k dp_jk x_k; with `predicted` r = xh_j and the difference vanishes. dp = dg = 0 is the
-    plain residual in every block, bit for bit. dp [K, K] and dg [K] are fp32 parameters. The mix runs in fp32 and is rounded once.
+    plain residual x + F in every block, bit for bit. dp [K, K] and dg [K] are fp32 parameters. The mix runs in fp32 and is rounded once.
     """
 
     def __init__(self, altup: AltUpConfig, layer: int):

@@ -56,7 +56,8 @@ def rank_variables(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
     """(rank, world size, local rank, local size) as deepspeed, torchrun or srun tell them; (0, 1, 0, 1) where none does."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        fallback = ("0", "1", environment["RANK"], environment["WORLD_SIZE"])
+        # deepspeed's launcher calls the ranks of a node LOCAL_SIZE
+        fallback = ("0", "1", environment["RANK"], environment.get("LOCAL_SIZE", environment["WORLD_SIZE"]))
     elif "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         keys = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
         fallback = ("0", "1", "0", "1")

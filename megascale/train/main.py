@@ -97,12 +97,13 @@ def _run(config: Config, data: OpenData, world: World, folder: Path, say: Say) -
         reason = trainer.run(stop)
         facts = {"message": "", "step": str(trainer.progress.step)}
     except Exception as error:
+        reason = "bad_input" if isinstance(error, InputError) and error.exit_code == 2 else "error"
         facts = {"message": f"rank {world.rank}: {type(error).__name__}: {error}"}
         (folder / "logs" / f"error-rank-{world.rank}.txt").write_text(traceback.format_exc())
         raise
     finally:
         sink.close()
-        code = write_exit(folder, reason, **facts) if world.rank == 0 or reason == "error" else 0
+        code = write_exit(folder, reason, **facts) if world.rank == 0 or reason in ("error", "bad_input") else 0
     say(f"{reason} at step {facts['step']}; files in {folder}")
     return code
 

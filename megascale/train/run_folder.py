@@ -18,7 +18,7 @@ from megascale.config.write import difference, digest, dump
 
 
 def open_run_folder(config: Config) -> Path:
-    """Create the folder, or check that the one that exists belongs to this config.
+    """Create the folder, or check that the one that exists belongs to this config (a folder in which no step was trained fits any).
 
     Raises:
         InputError: the folder cannot be written, or holds a run of another config.
@@ -35,7 +35,7 @@ def open_run_folder(config: Config) -> Path:
             f"run folder {folder}", f"cannot be written: {error.strerror}", "choose another run.folder=PATH"
         ) from error
     kept = folder / "config.yaml"
-    if not kept.exists():
+    if not kept.exists() or not _has_trained(folder):
         kept.write_text(dump(config))
         return folder
     earlier = load_config(kept).config
@@ -49,6 +49,12 @@ def open_run_folder(config: Config) -> Path:
             "choose another run.name=NAME, or delete the folder",
         )
     return folder
+
+
+def _has_trained(folder: Path) -> bool:
+    """Whether a step was recorded or saved; a start that failed before that binds the folder to nothing."""
+    metrics = folder / "metrics.jsonl"
+    return any((folder / "checkpoints").iterdir()) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 UNTRAINED = ("run.name", "run.folder", "observe.", "checkpoint.", "profile.", "guard.", "compile", "parallel.")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-EXIT_CODES = {"done": 0, "stop": 0, "requeue": 85, "error": 1, "no_retry": 93}
+EXIT_CODES = {"done": 0, "stop": 0, "error": 1, "bad_input": 2, "requeue": 85}
 """Process exit code by the reason in exit.json. Launchers may swallow codes, so job scripts read the file."""
 
 

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
+from megascale.checkpoint.errors import SaveError
 from megascale.checkpoint.load import open_newest
 from megascale.checkpoint.retention import prune
 from megascale.checkpoint.save import save_checkpoint
@@ -80,26 +82,31 @@ class Trainer:
         )
         stacks = (self.folder / "logs" / f"stacks-rank-{self.world.rank}.txt").open("a")
         with prefetch(batches) as prefetched, stacks:
-            level, saved = StopRequest.NONE, self.progress.step
+            level = StopRequest.NONE
             while self.progress.step < steps and level == StopRequest.NONE:
-                faulthandler.dump_traceback_later(config.guard.timeout_seconds, exit=True, file=stacks)
+                self._watch(stacks)
                 step = self.progress.step + 1
                 profiler.before(step)
                 record = self._step(prefetched)
                 profiler.after(step)
                 if config.validation.every and (step % config.validation.every == 0 or step == steps):
+                    self._watch(stacks)
                     record |= validate(self.decoder, self.parts.data, config, self.world)
                 self.sink.write(record)
                 level = self._agreed(stop.poll(self.world.rank))
-                if level or step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                self._watch(stacks)
+                if level or step == steps:
                     self._save()
-                    saved = step
-            if level and saved != self.progress.step:
-                self._save()
+                elif config.checkpoint.every and step % config.checkpoint.every == 0:
+                    self._try_to_save()
             faulthandler.cancel_dump_traceback_later()
         if self.progress.step == steps:
             return "done"
         return "requeue" if level == StopRequest.REQUEUE else "stop"
+
+    def _watch(self, stacks: TextIO) -> None:
+        """From now on: if the next part takes longer than the guard allows, write all stacks and end the process."""
+        faulthandler.dump_traceback_later(self.config.guard.timeout_seconds, exit=True, file=stacks)
 
     def _agreed(self, level: int) -> int:
         """The highest stop level of any rank, so that all ranks stop at the same step."""
@@ -187,6 +194,13 @@ class Trainer:
                 f"step {progress.step}: the gradient norm was {norm} for {progress.skipped_in_a_row} steps in a row; "
                 "lower optimizer.lr, or restart from an earlier checkpoint by deleting the newer ones"
             )
+
+    def _try_to_save(self) -> None:
+        """A checkpoint on the way. A full disk costs this one, not the run: the earlier ones stay, and the next one may fit again."""
+        try:
+            self._save()
+        except SaveError as error:
+            self.say(f"warning: no checkpoint at step {self.progress.step}, training goes on: {error}")
 
     def _save(self) -> None:
         state = {"progress": asdict(self.progress), "data_digest": self.parts.data.digest}

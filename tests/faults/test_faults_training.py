@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from megascale.checkpoint.load import CheckpointReader
+from megascale.cli import main
 from megascale.observe.metrics import reproducible
 from megascale.observe.sinks import read_metrics
 from runs import ALL_AXES, ROOT, environment, pretrain, start_pretrain, write_config
@@ -120,7 +121,7 @@ def refused(config: Path, *overrides: str) -> str:
 BAD_SETTINGS = {
     "an unknown key": ("model.heds=4", ["model.heds", "did you mean model.heads"]),
     "a spelling of another project": ("model.hidden_size=64", ["model.hidden_size", "model.width"]),
-    "a wrong type": ("model.width=wide", ["model.width", "'wide'"]),
+    "a wrong type": ("model.width=wide", ["model.width", 'given "wide"; expected an integer']),
     "a negative size": ("model.layers=-2", ["model.layers", "-2"]),
     "an impossible size": ("model.width=100000000", ["model.width", "parameters are more than"]),
     "heads that do not divide": ("model.heads=5", ["heads", "multiple"]),
@@ -131,16 +132,32 @@ BAD_SETTINGS = {
     "an uneven batch": ("batch.micro_batches=3", ["4 sequences / 3 micro-batches", "the nearest that works is 3 or 6"]),
     "a missing corpus": ("data.sources=[{path: nowhere}]", ["nowhere: there is no such corpus", "megascale prepare"]),
     "a small vocabulary": ("model.vocab_size=50", ["model.vocab_size: 50 is less than the tokenizer's"]),
-    "a pattern without a match": ("optimizer.groups=[{pattern: layer_0.*}]", ["'layer_0.*' matches no parameter"]),
     "a layout of the future": ("parallel.tp=2", ["tp 2 is not available"]),
     "a malformed override": ("model.width", ["model.width"]),
 }
 
 
 @pytest.mark.parametrize("override, expected", BAD_SETTINGS.values(), ids=BAD_SETTINGS)
-def test_bad_settings(tmp_path: Path, tiny_corpus: Path, override: str, expected: list[str]) -> None:
-    message = refused(write_config(tmp_path, tiny_corpus), override)
+def test_bad_settings(
+    tmp_path: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str], override: str, expected: list[str]
+) -> None:
+    """In this process, by the function behind the command: a start takes seconds."""
+    assert main(["train", "--config", str(write_config(tmp_path, tiny_corpus)), override]) == 2
+    message = capsys.readouterr().err
     assert [text for text in expected if text not in message] == [], message
+    assert message.count("error: ") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_key_by_the_real_command(tmp_path: Path, tiny_corpus: Path) -> None:
+    assert "did you mean model.heads" in refused(write_config(tmp_path, tiny_corpus), "model.heds=4")
+
+
+def test_a_pattern_without_a_match_binds_the_folder_to_nothing(tmp_path: Path, tiny_corpus: Path) -> None:
+    config, short = write_config(tmp_path, tiny_corpus), ("schedule.steps=1", "schedule.warmup_steps=0")
+    assert "'layer_0.*' matches no parameter" in refused(config, *short, "optimizer.groups=[{pattern: layer_0.*}]")
+    corrected = pretrain(config, *short, "optimizer.groups=[{pattern: layers.0.*}]")
+    assert corrected.returncode == 0, corrected.stderr
 
 
 def test_a_missing_config(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_the_router_learns_from_the_language_model_loss_also_with_one_expert_per
 @pytest.mark.parametrize("streams", [1, 3])
 @pytest.mark.parametrize("per_token", [1, 2])
 def test_balance_and_z_are_their_formulas(streams: int, per_token: int) -> None:
-    model, layer = routed(streams, per_token=per_token)
+    _, layer = routed(streams, per_token=per_token)
     x = tokens(7, streams)
     _, experts, report = layer.router(x.flatten(0, 1))
     logits = x @ layer.router.weight.t()
@@ -154,7 +154,7 @@ def test_even_routing_has_balance_one_and_collapse_has_e() -> None:
 
 def test_a_larger_population_leaves_each_part_its_share() -> None:
     """Two halves that exchange their counts give together what the whole gives alone."""
-    model, layer = routed(2, per_token=2)
+    _, layer = routed(2, per_token=2)
     rows = tokens(8, 2).flatten(0, 1)
     whole = layer.router(rows)[2]
     halves = [rows[:6], rows[6:]]

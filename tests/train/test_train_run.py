@@ -122,8 +122,9 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path, tiny_corpus: P
         open_run_folder(tiny_config(tmp_path, tiny_corpus))
 
 
-def test_a_folder_of_another_config_is_refused_with_the_keys_that_differ(tmp_path: Path, tiny_corpus: Path) -> None:
-    open_run_folder(tiny_config(tmp_path, tiny_corpus))
+@pytest.mark.parametrize("trace", ["metrics.jsonl", "checkpoints/step-00000001"])
+def test_a_folder_of_another_config_is_refused_with_the_keys_that_differ(tmp_path: Path, tiny_corpus: Path, trace: str) -> None:
+    (open_run_folder(tiny_config(tmp_path, tiny_corpus)) / trace).write_text("a step was trained")
     with pytest.raises(InputError) as caught:
         open_run_folder(tiny_config(tmp_path, tiny_corpus, "model.width=64", "optimizer.lr=0.5"))
     text = str(caught.value)
@@ -134,11 +135,17 @@ def test_a_folder_of_another_config_is_refused_with_the_keys_that_differ(tmp_pat
 
 @pytest.mark.parametrize("change", ["checkpoint.every=5", "observe.console_every=7", "guard.nonfinite_in_a_row=9"])
 def test_settings_that_train_nothing_may_change(tmp_path: Path, tiny_corpus: Path, change: str) -> None:
-    open_run_folder(tiny_config(tmp_path, tiny_corpus))
+    (open_run_folder(tiny_config(tmp_path, tiny_corpus)) / "metrics.jsonl").write_text("a step was trained")
     open_run_folder(tiny_config(tmp_path, tiny_corpus, change))
+
+
+def test_a_folder_in_which_nothing_was_trained_takes_another_config(tmp_path: Path, tiny_corpus: Path) -> None:
+    open_run_folder(tiny_config(tmp_path, tiny_corpus))
+    folder = open_run_folder(tiny_config(tmp_path, tiny_corpus, "model.width=64"))
+    assert "width: 64" in (folder / "config.yaml").read_text()
 
 
 def test_a_folder_with_derived_settings_opens_again(tmp_path: Path, tiny_corpus: Path) -> None:
     overrides = (*ALL_AXES, "schedule.shape=wsd", "validation.every=2")
     for _ in range(2):
-        open_run_folder(tiny_config(tmp_path, tiny_corpus, *overrides))
+        (open_run_folder(tiny_config(tmp_path, tiny_corpus, *overrides)) / "metrics.jsonl").write_text("a step was trained")
