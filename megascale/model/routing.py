@@ -35,7 +35,8 @@ class Router(nn.Module):
 
         balance = E sum_e f_e p_e, f the share of choices and p the mean probability over the routing population: the global micro-batch of
         one stream (Switch, arXiv 2101.03961, Eq. 4-6); router_z = mean logsumexp^2 (arXiv 2202.08906, Eq. 5). Each rank returns its own
-        tokens' part of both, so that the sum over ranks is the loss. load [P, E] counts the population's choices. In evaluation there is nothing but the choice.
+        tokens' part of both, so that the sum over ranks is the loss. load [P, E] counts the population's choices. In evaluation only the
+        choice is made.
         """
         logits = F.linear(x.to(self.weight.dtype), self.weight)
         probabilities = logits.softmax(-1)
