@@ -83,21 +83,36 @@ def _flash_backward(grad, q, k, v, out, lse, causal: bool, window: int = 0) -> t
     return _math_backward(grad, q, k, v, out, lse, mask)
 
 
-def _segments(borders: Tensor) -> list[tuple[int, int, int]]:
-    """Runs of documents of equal length: (first token, number of documents, tokens of each). One kernel call serves a run."""
-    runs: list[tuple[int, int, int]] = []
-    edges = borders.tolist()
-    for start, stop in zip(edges, edges[1:], strict=False):
-        if runs and runs[-1][2] == stop - start:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1, runs[-1][2])
-        elif stop > start:
-            runs.append((start, 1, stop - start))
-    return runs
+PADDING = 64
+"""Document lengths are rounded up to this many tokens: the CPU kernels compile themselves anew for each length they meet."""
 
 
-def _heads_first(x: Tensor, start: int, documents: int, length: int) -> Tensor:
-    """The tokens of a run as a [documents, heads, length, D] view of [T, heads, D]."""
-    return x[start : start + documents * length].view(documents, length, *x.shape[1:]).transpose(1, 2)
+def _batches(borders: Tensor, tokens: int) -> list[Tensor]:
+    """The documents by rounded length: token numbers [documents, length] of each batch, `tokens` where a document is shorter."""
+    edges = borders.long()
+    starts, lengths = edges[:-1], edges.diff()
+    rounded = -(-lengths // PADDING) * PADDING
+    batches = []
+    for length in rounded.unique().tolist():
+        if length:
+            here, steps = rounded == length, torch.arange(length, device=borders.device)
+            batches.append(torch.where(steps < lengths[here, None], starts[here, None] + steps, tokens))
+    return batches
+
+
+def _take(x: Tensor, batch: Tensor) -> Tensor:
+    """The batch's tokens of x [T, heads, ...] as [documents, heads, length, ...], zeros where there is none; a view of an x that it covers."""
+    if batch.numel() == x.shape[0]:
+        return x.view(*batch.shape, *x.shape[1:]).transpose(1, 2)
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[batch].transpose(1, 2)
+
+
+def _put(whole: Tensor, batch: Tensor, part: Tensor) -> None:
+    """Write [documents, heads, length, ...] to the batch's tokens of `whole` [T + 1, heads, ...], whose last row takes what is padding."""
+    if batch.numel() == whole.shape[0] - 1:
+        whole[:-1].view(*batch.shape, *whole.shape[1:]).copy_(part.transpose(1, 2))
+    else:
+        whole[batch] = part.transpose(1, 2)
 
 
 def _uses_varlen(q: Tensor) -> bool:
@@ -123,16 +138,13 @@ def _packed_forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: i
             window_size_right=0 if window else None,
         )
         return out, lse.transpose(0, 1).contiguous()
-    out = torch.empty_like(q)
-    lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-    runs = _segments(borders)
-    for run in runs:
-        part, part_lse = flash_forward(_heads_first(q, *run), _heads_first(k, *run), _heads_first(v, *run), True, window)
-        if len(runs) == 1:  # the kernel's memory is token-major already: a view, no copy
-            return part.transpose(1, 2).reshape(q.shape), part_lse.transpose(1, 2).reshape(lse.shape)
-        _heads_first(out, *run).copy_(part)
-        _heads_first(lse, *run).copy_(part_lse)
-    return out, lse
+    out = q.new_empty(q.shape[0] + 1, *q.shape[1:])
+    lse = q.new_empty(out.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    for batch in _batches(borders, q.shape[0]):
+        part, part_lse = flash_forward(_take(q, batch), _take(k, batch), _take(v, batch), True, window)
+        _put(out, batch, part)
+        _put(lse, batch, part_lse)
+    return out[:-1], lse[:-1]
 
 
 def _packed_backward(grad, q, k, v, out, lse, borders: Tensor, longest: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,17 +155,14 @@ def _packed_backward(grad, q, k, v, out, lse, borders: Tensor, longest: int, win
             grad, q, k, v, out, lse.transpose(0, 1).contiguous(), borders, borders, longest, longest, 0.0, True, unused, unused,
             window_size_left=left, window_size_right=0 if window else None,
         )  # fmt: skip
-    grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-    runs = _segments(borders)
-    for run in runs:
-        views = [_heads_first(x, *run) for x in (grad, q, k, v, out, lse)]
+    grads = [x.new_empty(x.shape[0] + 1, *x.shape[1:]) for x in (q, k, v)]
+    for batch in _batches(borders, q.shape[0]):
+        # a padded query has no gradient, out, lse or scores: its attention weights are exp(0), its contribution is zero
+        views = [_take(x, batch) for x in (grad, q, k, v, out, lse)]
         parts = _flash_backward(views[0], views[1], views[2], views[3], views[4], views[5], True, window)
-        if len(runs) == 1:
-            dq, dk, dv = (part.transpose(1, 2).reshape(whole.shape) for part, whole in zip(parts, grads, strict=True))
-            return dq, dk, dv
         for whole, part in zip(grads, parts, strict=True):
-            _heads_first(whole, *run).copy_(part)
-    return grads
+            _put(whole, batch, part)
+    return grads[0][:-1], grads[1][:-1], grads[2][:-1]
 
 
 def _streams_first(x: Tensor, streams: int) -> Tensor:
