@@ -101,7 +101,7 @@ def _batches(borders: Tensor, tokens: int) -> list[Tensor]:
 
 
 def _take(x: Tensor, batch: Tensor) -> Tensor:
-    """The batch's tokens of x [T, heads, ...] as [documents, heads, length, ...], zeros where there is none; a view of an x that it covers."""
+    """The batch's tokens of x [T, heads, ...], [documents, heads, length, ...], zeros where there is none; a view if it is all of x."""
     if batch.numel() == x.shape[0]:
         return x.view(*batch.shape, *x.shape[1:]).transpose(1, 2)
     return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[batch].transpose(1, 2)
