@@ -19,6 +19,39 @@ def _edges(ends: Tensor) -> list[tuple[int, int]]:
     return list(zip(edges, edges[1:], strict=False))
 
 
+ROWS = 128
+"""On a CPU in bf16 each expert's rows are padded to a multiple of this: oneDNN compiles a GEMM anew for each number of rows it meets."""
+
+
+def _needs_padding(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _padding(ends: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The padded order: the row that stands at each place, `rows` where none does; and the experts' ends in it."""
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    padded = -(-counts // ROWS) * ROWS
+    padded_ends = padded.cumsum(0)
+    place = torch.arange(int(padded_ends[-1]), device=ends.device)
+    expert = torch.bucketize(place, padded_ends, right=True)
+    offset = place - (padded_ends - padded)[expert]
+    return torch.where(offset < counts[expert], (ends - counts)[expert] + offset, rows), padded_ends.to(torch.int32)
+
+
+def _pad(x: Tensor, order: Tensor) -> Tensor:
+    return torch.cat([x, x.new_zeros(1, x.shape[1])])[order]
+
+
+def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x [M, i] times each expert's weight [E, i, o]."""
+    if not _needs_padding(x):
+        return _grouped_mm(x, weight, offs=ends)
+    order, padded_ends = _padding(ends, x.shape[0])
+    result = x.new_empty(x.shape[0] + 1, weight.shape[2])
+    result[order] = _grouped_mm(_pad(x, order), weight, offs=padded_ends)
+    return result[:-1]
+
+
 def grouped_linear_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`grouped_linear` as a loop over experts."""
     return torch.cat([F.linear(x[start:stop], weight[e]) for e, (start, stop) in enumerate(_edges(ends))])
@@ -28,7 +61,7 @@ def grouped_linear_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def _forward(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if x.dtype == torch.float64:  # torch's grouped kernels have no fp64
         return grouped_linear_reference(x, weight, ends)
-    return _grouped_mm(x, weight.transpose(-1, -2), offs=ends)
+    return _grouped(x, weight.transpose(-1, -2), ends)
 
 
 @_forward.register_fake
@@ -40,7 +73,7 @@ def _(x, weight, ends):
 def _dgrad(grad: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if grad.dtype == torch.float64:
         return grouped_linear_reference(grad, weight.transpose(-1, -2), ends)
-    return _grouped_mm(grad, weight, offs=ends)
+    return _grouped(grad, weight, ends)
 
 
 @_dgrad.register_fake
@@ -52,6 +85,9 @@ def _(grad, weight, ends):
 def _wgrad(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     if x.dtype == torch.float64:
         return torch.stack([grad[start:stop].t() @ x[start:stop] for start, stop in _edges(ends)])
+    if _needs_padding(x):
+        order, ends = _padding(ends, x.shape[0])
+        grad, x = _pad(grad, order), _pad(x, order)
     return _grouped_mm(grad.t(), x, offs=ends)
 
 
