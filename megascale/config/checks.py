@@ -30,13 +30,22 @@ def check(loaded: LoadedConfig, world: int | None = None) -> list[str]:
         InputError: lists every problem with its place.
     """
     config = loaded.config
-    problems = [*_unused(loaded), *_attention(config), *_rotary(config), *_experts(config)]
+    unused = list(_unused(loaded))
+    # an override that switches a part off leaves the file's settings of that part behind: worth a word, not a refusal
+    left_behind = [problem for problem in unused if _switched_off_by_override(problem, loaded)]
+    problems = [
+        *(problem for problem in unused if problem not in left_behind),
+        *_attention(config),
+        *_rotary(config),
+        *_experts(config),
+    ]
     problems += [*_optimizer(config), *_schedule(config), *_profile(config), *_data(config)]
     problems += [*layout_problems(config.parallel, world), *batch_problems(config, world)]
     if not any(problem.path[0] == "model" for problem in problems):
         problems += size_problems(resolve(config))
     raise_problems([_at_culprit(problem, loaded) for problem in problems], loaded.origin, loaded.file)
-    return [f"{loaded.place(*path)}: {dotted(path)}: {reason}" for path, reason in _warnings(config)]
+    warnings = [*((problem.path, problem.reason) for problem in left_behind), *_warnings(config)]
+    return [f"{loaded.place(*path)}: {dotted(path)}: {reason}" for path, reason in warnings]
 
 
 def _at_culprit(problem: Problem, loaded: LoadedConfig) -> Problem:
@@ -53,6 +62,13 @@ def _unused(loaded: LoadedConfig) -> Iterator[Problem]:
             back = f"{dotted(path[:-1])}={{}}" if path[0] == "model" else None
             override = f" (an override {back} takes back the whole section)" if back else ""
             yield Problem(path, f"has no effect: {reason}; remove it{override}")
+
+
+def _switched_off_by_override(problem: Problem, loaded: LoadedConfig) -> bool:
+    """Whether an unused setting stands in a file while an override set something in the same section."""
+    section = problem.path[:-1]
+    overridden = {path for path, origin in loaded.origin.items() if origin.line is None}
+    return problem.path not in overridden and any(path[: len(section)] == section for path in overridden)
 
 
 def _value(config: Config, path: KeyPath) -> object:

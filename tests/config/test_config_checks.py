@@ -104,9 +104,9 @@ def test_a_setting_without_effect_is_refused_because_it_was_set_whatever_its_val
 
 def test_an_override_takes_back_what_a_file_set(tmp_path: Path) -> None:
     text = "model: {experts: {count: 8, per_token: 2}}\noptimizer: {name: muon, muon: {lr: 0.1}}\n"
-    with pytest.raises(InputError, match=r"override model.experts=\{\} takes back"):
-        check(load(tmp_path, text, "model.experts.count=1"))
-    check(load(tmp_path, text, "model.experts={}", "optimizer.name=adamw", "optimizer.muon=null"))
+    (warning,) = check(load(tmp_path, text, "model.experts.count=1"))
+    assert "override model.experts={} takes back" in warning
+    assert check(load(tmp_path, text, "model.experts={}", "optimizer.name=adamw", "optimizer.muon=null")) == []
 
 
 def test_settings_without_effect_exist() -> None:
@@ -188,3 +188,12 @@ def test_doubtful_settings_are_warned_about(tmp_path: Path, text: str, warning: 
 )
 def test_what_is_at_the_edge_but_fine_passes_in_silence(tmp_path: Path, text: str) -> None:
     assert check(load(tmp_path, text)) == []
+
+
+def test_settings_of_a_part_that_an_override_switched_off_are_only_mentioned(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("validation: {every: 10, sequences: 32}\n")
+    (warning,) = check(load_config(path, ["validation.every=0"]))
+    assert "validation.sequences: has no effect" in warning and "run.yaml:1" in warning
+    with pytest.raises(InputError, match=r"validation\.sequences: has no effect"):
+        check(load_config(path, ["validation.every=0", "validation.sequences=8"]))
