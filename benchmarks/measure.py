@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -34,10 +33,16 @@ def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int) -> di
     return {name: {"best_s": min(s), "median_s": statistics.median(s)} for name, s in seconds.items()}
 
 
+def _high_water_mark_mib() -> float:
+    """Peak resident size of this process. Not ru_maxrss, which starts from the parent's peak."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 2**10
+
+
 def _peak_in_child(function: Callable[..., None], arguments: tuple, queue: Any) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _high_water_mark_mib()
     function(*arguments)
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+    queue.put(_high_water_mark_mib() - before)
 
 
 def peak_memory_mib(function: Callable[..., None], *arguments: object) -> float:

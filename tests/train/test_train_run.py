@@ -15,7 +15,7 @@ from megascale.observe.dashboard import missing_panels, run_features
 from megascale.observe.metrics import check_record, reproducible
 from megascale.train.run_folder import open_run_folder
 from megascale.train.stopping import StopRequest, write_exit
-from runs import ALL_AXES, Run, losses, tiny_config, train_tiny
+from runs import ALL_AXES, Run, losses, pretrain, tiny_config, train_tiny, write_config
 
 
 @pytest.mark.parametrize("axes", [(), ALL_AXES], ids=["plain", "P=2 E=4 K=2"])
@@ -106,7 +106,7 @@ def test_signals_set_a_flag(tmp_path: Path, number: signal.Signals, level: int) 
             signal.signal(name, handler)
 
 
-@pytest.mark.parametrize("reason, code", [("done", 0), ("stop", 0), ("requeue", 85), ("error", 1), ("no_retry", 93)])
+@pytest.mark.parametrize("reason, code", [("done", 0), ("stop", 0), ("requeue", 85), ("error", 1), ("bad_input", 2)])
 def test_exit_json_tells_the_reason_and_its_code(tmp_path: Path, reason: str, code: int) -> None:
     assert write_exit(tmp_path, reason, step=3) == code
     record = json.loads((tmp_path / "exit.json").read_text())
@@ -149,3 +149,9 @@ def test_a_folder_with_derived_settings_opens_again(tmp_path: Path, tiny_corpus:
     overrides = (*ALL_AXES, "schedule.shape=wsd", "validation.every=2")
     for _ in range(2):
         (open_run_folder(tiny_config(tmp_path, tiny_corpus, *overrides)) / "metrics.jsonl").write_text("a step was trained")
+
+
+def test_input_found_bad_after_the_folder_opened_is_told_in_exit_json(tmp_path: Path, tiny_corpus: Path) -> None:
+    ended = pretrain(write_config(tmp_path, tiny_corpus), "optimizer.groups=[{pattern: nothing.like.it}]")
+    assert ended.returncode == 2 and "matches no parameter" in ended.stderr and "Traceback" not in ended.stderr
+    assert json.loads((tmp_path / "runs" / "tiny" / "exit.json").read_text())["code"] == 2
