@@ -47,7 +47,7 @@ def ours(model: Model, batch: int, length: int, precision: str, compiled: bool) 
     model = resolve(Config(model=model)).model
     decoder = Decoder(model)
     initialize(decoder, model, 1)
-    cast(decoder, precision)
+    cast(dict(decoder.named_parameters()), precision)
     if compiled:
         for layer in decoder.layers.values():
             layer.compile()
@@ -58,6 +58,7 @@ def ours(model: Model, batch: int, length: int, precision: str, compiled: bool) 
     def run() -> None:
         decoder.zero_grad(set_to_none=True)
         losses = decoder.losses(tokens, positions, documents, tokens, scale)
+        assert losses.lm is not None
         sum(losses.auxiliary.values(), losses.lm).backward()
 
     return run

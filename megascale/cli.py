@@ -41,5 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return importlib.import_module(f"megascale.commands.{parsed.verb}").run(parsed)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if not error.told:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -17,6 +17,7 @@ from megascale.config.resolve import resolve
 from megascale.config.schema import Config
 from megascale.observe.metrics import Record
 from megascale.parallel.device import Device
+from megascale.parallel.mesh import open_mesh
 from megascale.parallel.world import World
 from megascale.train.build import Parts, build, open_run_data
 from megascale.train.run_folder import open_run_folder
@@ -37,6 +38,7 @@ batch: {{sequences: 4}}
 optimizer: {{lr: 0.01}}
 schedule: {{steps: 6, warmup_steps: 2}}
 compile: "off"
+parallel: {{zero_stage: 0}}
 validation: {{every: 0}}
 checkpoint: {{every: 0}}
 observe: {{wandb: {{mode: "off"}}}}
@@ -62,7 +64,8 @@ def one_process(rank: int = 0, size: int = 1) -> World:
 
 def build_parts(config: Config, world: World | None = None) -> Parts:
     """Data, model and engine of a run."""
-    return build(*open_run_data(config), world or one_process(), lambda _: None)
+    config, data = open_run_data(config)
+    return build(config, data, open_mesh(config.parallel, config.model, world or one_process()), lambda _: None)
 
 
 class NoSignals(StopRequest):
@@ -99,6 +102,10 @@ class Run:
     def train(self) -> str:
         """Trains to the end; the reason for exit.json."""
         return self.trainer.run(self.stop)
+
+    def save(self) -> None:
+        """Saves a checkpoint of the step reached."""
+        self.trainer._save()
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:

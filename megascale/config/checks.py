@@ -6,11 +6,12 @@ import math
 import os
 from collections.abc import Iterator
 
+from megascale.config.engine import engine_problems
 from megascale.config.fields import KeyPath, dotted
 from megascale.config.inactive import inactive
-from megascale.config.layout import batch_problems, layout_problems
+from megascale.config.layout_checks import contradictions, layout_problems, layout_remedy, layout_warnings
 from megascale.config.load import LoadedConfig
-from megascale.config.origin import Problem, raise_problems
+from megascale.config.origin import REMEDY, Problem, raise_problems
 from megascale.config.resolve import resolve, uneven_heads
 from megascale.config.schema import Config
 from megascale.config.size import size_problems
@@ -40,11 +41,13 @@ def check(loaded: LoadedConfig, world: int | None = None) -> list[str]:
         *_experts(config),
     ]
     problems += [*_optimizer(config), *_schedule(config), *_profile(config), *_data(config)]
-    problems += [*layout_problems(config.parallel, world), *batch_problems(config, world)]
+    wrong_layout = list(layout_problems(config, world))
+    problems += [*wrong_layout, *contradictions(config), *engine_problems(config, world)]
     if not any(problem.path[0] == "model" for problem in problems):
         problems += size_problems(resolve(config))
-    raise_problems([_at_culprit(problem, loaded) for problem in problems], loaded.origin, loaded.file)
-    warnings = [*((problem.path, problem.reason) for problem in left_behind), *_warnings(config)]
+    remedy = layout_remedy(config, world) if wrong_layout and world is not None else REMEDY
+    raise_problems([_at_culprit(problem, loaded) for problem in problems], loaded.origin, loaded.file, remedy)
+    warnings = [*((problem.path, problem.reason) for problem in left_behind), *_warnings(config), *layout_warnings(config)]
     return [f"{loaded.place(*path)}: {dotted(path)}: {reason}" for path, reason in warnings]
 
 
@@ -57,9 +60,9 @@ def _at_culprit(problem: Problem, loaded: LoadedConfig) -> Problem:
 
 def _unused(loaded: LoadedConfig) -> Iterator[Problem]:
     for path, reason in inactive(loaded.config).items():
-        # Null is how an override takes a setting back.
-        if loaded.is_set(*path) and _value(loaded.config, path) is not None:
-            back = f"{dotted(path[:-1])}={{}}" if path[0] == "model" else None
+        # Null, or an empty mapping, is how an override takes a setting back.
+        if loaded.is_set(*path) and _value(loaded.config, path) not in (None, {}):
+            back = f"{dotted(path[:-1])}={{}}" if path[0] in ("model", "engine") else None
             override = f" (an override {back} takes back the whole section)" if back else ""
             yield Problem(path, f"has no effect: {reason}; remove it{override}")
 

@@ -13,6 +13,8 @@ class InputError(ValueError):
     """
 
     exit_code = 2
+    told = False
+    """whether the user has been told already: an error that all ranks raise is printed by one of them"""
 
     def __init__(self, place: str, reason: str, remedy: str = ""):
         self.place, self.reason, self.remedy = place, reason, remedy

@@ -101,7 +101,7 @@ def _words(annotation: Any) -> str:
     if annotation in WORDS:
         return WORDS[annotation]
     if allowed_values(annotation):
-        return "one of " + ", ".join(allowed_values(annotation))
+        return "one of " + ", ".join(map(str, allowed_values(annotation)))
     if get_origin(annotation) in (Union, types.UnionType):
         main = next(argument for argument in get_args(annotation) if argument is not type(None))
         return f"{_words(main)}, or null"
@@ -110,6 +110,8 @@ def _words(annotation: Any) -> str:
         if rest == [Ellipsis]:
             return f"a list, each element {_words(first)}"
         return f"a list of {1 + len(rest)}, each {_words(first)}"
+    if get_origin(annotation) is dict:
+        return "a section with any settings"
     section = node_class(annotation)
     assert section is not None, f"the schema uses a type without words: {annotation}"
     return f"a section with {', '.join(section.model_fields)}"

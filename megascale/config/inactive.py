@@ -48,6 +48,14 @@ def _rest(config: Config) -> dict[KeyPath, str]:
         found["validation", "sequences"] = "validation.every is 0"
     if config.checkpoint.every == 0:
         found["checkpoint", "keep_last"] = found["checkpoint", "keep_every"] = "checkpoint.every is 0"
+    if config.parallel.pp == 1:
+        found["parallel", "schedule"] = found["parallel", "virtual_stages"] = "parallel.pp is 1"
+    elif config.parallel.schedule == "1f1b":
+        found["parallel", "virtual_stages"] = "parallel.schedule is 1f1b"
+    if config.parallel.zero_stage == 0:
+        found["engine", "deepspeed"] = "parallel.zero_stage is 0"
+    elif config.parallel.zero_stage is None and config.optimizer.name == "muon":
+        found["engine", "deepspeed"] = "optimizer.name is muon, which runs without DeepSpeed"
     if config.profile.steps is None:
         found["profile", "memory"] = "profile.steps is null"
     return found

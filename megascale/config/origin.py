@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from megascale.config.errors import InputError
 from megascale.config.fields import KeyPath, dotted
 
+REMEDY = "`megascale config show --comments` lists every setting with its meaning"
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -48,8 +50,8 @@ def place_of(path: KeyPath, origin: Mapping[KeyPath, Origin], file: str) -> str:
     return file
 
 
-def raise_problems(problems: Sequence[Problem], origin: Mapping[KeyPath, Origin], file: str) -> None:
-    """Raise one error that lists every problem, one a line; nothing happens where there is none.
+def raise_problems(problems: Sequence[Problem], origin: Mapping[KeyPath, Origin], file: str, remedy: str = REMEDY) -> None:
+    """Raise one error that lists every problem, one a line, and the remedy; nothing happens where there is none.
 
     Raises:
         InputError: there are problems.
@@ -58,5 +60,4 @@ def raise_problems(problems: Sequence[Problem], origin: Mapping[KeyPath, Origin]
         return
     lines = [f"{place_of(problem.path, origin, file)}: {dotted(problem.path)}: {problem.reason}" for problem in problems]
     count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-    remedy = "`megascale config show --comments` lists every setting with its meaning"
     raise InputError(file, f"{count} in the config\n  " + "\n  ".join(lines), remedy)

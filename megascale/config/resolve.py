@@ -25,7 +25,7 @@ def resolve(config: Config) -> Config:
 def _model(model: Model) -> Model:
     if model.head_dim is None and model.width % model.heads:
         raise InputError("model.head_dim", uneven_heads(model), "change one of them, or set model.head_dim")
-    ffn_width = model.ffn_width or -(-8 * model.width // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
+    ffn_width = feed_forward_width(model)
     return model.model_copy(
         update={
             "kv_heads": model.kv_heads or model.heads,
@@ -34,6 +34,11 @@ def _model(model: Model) -> Model:
             "experts": _experts(model.experts, ffn_width),
         }
     )
+
+
+def feed_forward_width(model: Model) -> int:
+    """model.ffn_width, or where it is none 8/3 width, rounded up to a multiple of 64."""
+    return model.ffn_width or -(-8 * model.width // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
 
 
 def uneven_heads(model: Model) -> str:

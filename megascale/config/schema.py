@@ -177,7 +177,22 @@ class Parallel(Node):
     stream: int = field(1, "stream-parallel ranks", gt=0)
     cp: int = field(1, "context-parallel ranks", gt=0)
     tp: int = field(1, "tensor-parallel ranks", gt=0)
-    ep: int = field(1, "expert-parallel ranks", gt=0)
+    ep: int = field(1, "expert-parallel ranks: each holds count / ep of the experts", gt=0)
+    schedule: Literal["1f1b", "interleaved"] = field(
+        "1f1b", "order of a pipeline's micro-batches: 1f1b, or interleaved (several stages a rank, a smaller bubble)"
+    )
+    virtual_stages: int = field(1, "interleaved: pipeline stages per rank", gt=0)
+    zero_stage: Literal[0, 1, 2, 3] | None = field(
+        None,
+        "what DeepSpeed splits over data-parallel ranks: 1 optimizer state, 2 also gradients, 3 also weights; 0 = plain torch, "
+        "no DeepSpeed; none = 1 with AdamW and several such ranks, else 0",
+    )
+
+
+class Engine(Node):
+    """Settings of the engine that reduces gradients and steps."""
+
+    deepspeed: dict[str, Any] = field({}, "passed through to DeepSpeed's config; keys that megascale sets itself are refused")
 
 
 class Validation(Node):
@@ -249,6 +264,7 @@ class Config(Node):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     parallel: Parallel = Parallel()
+    engine: Engine = Engine()
     precision: Literal["fp32", "bf16"] = field("fp32", "bf16: bf16 weights and activations with fp32 masters, norms and routers")
     compile: Literal["auto", "on", "off"] = field("auto", "torch.compile of the layers; auto: where a compiler is found")
     validation: Validation = Validation()

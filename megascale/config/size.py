@@ -22,20 +22,26 @@ def size_problems(config: Config) -> Iterator[Problem]:
     yield from _too_long(config)
 
 
+def routed_layers(model: Model) -> range:
+    """The layers, from 0, whose feed-forward has experts."""
+    experts = model.experts
+    return range(experts.offset, model.layers, experts.every) if experts.count > 1 else range(0)
+
+
 def _too_many_parameters(model: Model) -> Iterator[Problem]:
     assert model.kv_heads and model.head_dim and model.ffn_width, "resolve the config first"
     width, experts = model.width, model.experts
     attention = 2 * width * model.head_dim * (model.heads + model.kv_heads)
     dense = 3 * width * model.ffn_width
-    routed_layers = len(range(experts.offset, model.layers, experts.every)) if experts.count > 1 else 0
+    routed_count = len(routed_layers(model))
     routed = 3 * width * (experts.width or 0) * (experts.count + experts.shared) + width * experts.count
     parts = {
         f"{model.layers} layers x {attention:.3g} attention (2 x width x head_dim x (heads + kv_heads))": model.layers
         * attention,
-        f"{model.layers - routed_layers} layers x {dense:.3g} feed-forward (3 x width x ffn_width)": (
-            (model.layers - routed_layers) * dense
+        f"{model.layers - routed_count} layers x {dense:.3g} feed-forward (3 x width x ffn_width)": (
+            (model.layers - routed_count) * dense
         ),
-        f"{routed_layers} layers x {routed:.3g} experts (3 x width x expert width x count)": routed_layers * routed,
+        f"{routed_count} layers x {routed:.3g} experts (3 x width x expert width x count)": routed_count * routed,
         f"{model.vocab_size or 0} rows x {width} embedding and head": (
             (model.vocab_size or 0) * width * (1 if model.tie_embeddings else 2)
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,8 +94,7 @@ class _Writer:
         for name, info in type(node).model_fields.items():
             value, here = getattr(node, name), path + (name,)
             if isinstance(value, Node):
-                self._open(name, type(value), indent)
-                self.section(value, here, indent + "  ")
+                self._subsection(name, value, here, indent)
             elif here in self.unused and value == info.get_default():
                 if self.comments:
                     self.lines.append(f"{indent}# {name}: {_scalar(value)}  # {info.description}; no effect: {self.unused[here]}")
@@ -104,6 +104,19 @@ class _Writer:
                     self._element(element, here + (index,), indent + "  ")
             else:
                 self._setting(f"{indent}{name}: {_scalar(value)}", here, info.description)
+
+    def _subsection(self, name: str, node: Node, path: KeyPath, indent: str) -> None:
+        """Write a section; one without any setting that has an effect becomes a comment, for an empty one is refused."""
+        start = len(self.lines)
+        self._open(name, type(node), indent)
+        header = len(self.lines) - 1
+        self.section(node, path, indent + "  ")
+        if any(not line.lstrip().startswith("#") for line in self.lines[header + 1 :]):
+            return
+        if self.comments:
+            self.lines[header] = f"{indent}# {name}:"
+        else:
+            del self.lines[start:]
 
     def _open(self, name: str, section: type[Node], indent: str) -> None:
         if not indent and self.lines:
@@ -124,11 +137,19 @@ class _Writer:
 
 
 def _scalar(value: Any) -> str:
-    """A scalar, or a list of scalars on one line."""
-    if isinstance(value, tuple):
+    """A scalar, or a list or mapping on one line."""
+    if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_scalar, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_quoted(key)}: {_scalar(below)}" for key, below in value.items()) + "}"
     if isinstance(value, str):
         plain = PLAIN_TEXT.fullmatch(value) and scalar_kind(value) == "str"
-        # The quoted form escapes everything that is not printable ASCII.
-        return value if plain else yaml.dump(value, default_style='"', width=float("inf")).rstrip("\n")
+        return value if plain else _quoted(value)
+    if isinstance(value, float) and math.isinf(value):
+        return ".inf" if value > 0 else "-.inf"
     return json.dumps(value)
+
+
+def _quoted(text: str) -> str:
+    """A text in quotes, with everything escaped that is not printable ASCII."""
+    return yaml.dump(text, default_style='"', width=float("inf")).rstrip("\n")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.kernels.attention import attention, flash_forward, merge_by_lse
-from megascale.model.exchange import identity
+from megascale.model.exchange import Exchange, Split, identity
 from megascale.model.layers import RMSNorm, rotary_table, rotate
 
 
@@ -59,20 +59,24 @@ class Attention(nn.Module):
     def __init__(self, model: Model):
         super().__init__()
         assert model.kv_heads is not None and model.head_dim is not None
-        self.streams, self.heads, self.kv_heads, self.head_dim = model.streams.count, model.heads, model.kv_heads, model.head_dim
-        self.window = model.sliding_window
-        self.q = nn.Linear(model.width, self.heads * self.head_dim, bias=model.qkv_bias)
-        self.k = nn.Linear(model.width, self.kv_heads * self.head_dim, bias=model.qkv_bias)
-        self.v = nn.Linear(model.width, self.kv_heads * self.head_dim, bias=model.qkv_bias)
-        self.o = nn.Linear(self.heads * self.head_dim, model.width, bias=False)
+        self.streams, self.head_dim, self.window = model.streams.count, model.head_dim, model.sliding_window
+        heads, kv_heads = model.heads, model.kv_heads
+        self.q = nn.Linear(model.width, heads * self.head_dim, bias=model.qkv_bias)
+        self.k = nn.Linear(model.width, kv_heads * self.head_dim, bias=model.qkv_bias)
+        self.v = nn.Linear(model.width, kv_heads * self.head_dim, bias=model.qkv_bias)
+        self.o = nn.Linear(heads * self.head_dim, model.width, bias=False)
         self.q_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
         self.prefix_k = self.prefix_v = None
         if self.streams > 1:
-            shape = (self.streams, self.kv_heads, model.streams.prefix_tokens, self.head_dim)
+            shape = (self.streams, kv_heads, model.streams.prefix_tokens, self.head_dim)
             self.prefix_k, self.prefix_v = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
-        self.gather_tokens = identity
-        self.scatter_tokens = identity
+        by_head, by_kv_head = Split(0, "tp", heads), Split(0, "tp", kv_heads)
+        self.splits = {"q.weight": by_head, "q.bias": by_head, "o.weight": Split(1, "tp", heads)}
+        self.splits |= {f"{name}.{kind}": by_kv_head for name in "kv" for kind in ("weight", "bias")}
+        self.splits |= {f"prefix_{name}": Split(1, "tp", kv_heads) for name in "kv"}
+        self.gather_tokens: Exchange = identity
+        self.scatter_tokens: Exchange = identity
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q [T, P*H, D], rotated k and v [T, P*G, D] of x [T, P, d]."""

@@ -1,6 +1,9 @@
 """The decoder: embedding, layers over the state [T, P, K, d], aggregation of the streams, head. Plain single-device PyTorch.
 
 B texts of S tokens, T = B*S; P streams, K blocks, d width, V vocabulary. P = E = K = 1 is exactly the plain decoder.
+
+A pipeline stage is a decoder that lacks parts: other stages' layers, the embedding, or norm, aggregator and head. With sequence parallelism
+the state holds this rank's share of the tokens; tokens, positions, documents and labels are always those of the whole micro-batch.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ from torch import Tensor, nn
 from megascale.config.schema import Model
 from megascale.model.attention import Attention, KeyValueCache, Packing, pack
 from megascale.model.layers import RMSNorm, SwiGLU
-from megascale.model.loss import linear_cross_entropy
 from megascale.model.residual import AltUpResidual, SingleResidual, contract, expand
 from megascale.model.routing import Experts
 from megascale.model.streams import Aggregator
+from megascale.model.vocabulary import Embedding, Head
 
 FP32_PARAMETERS = ("*norm.weight", "*.router.weight", "*.residual.*")
 """Shell patterns of the parameters that stay fp32 when the others are bf16."""
@@ -65,45 +68,53 @@ class Layer(nn.Module):
 
 @dataclass(frozen=True)
 class Losses:
-    """Of one micro-batch, this rank's part: what is differentiated, and what is only reported."""
+    """Of one micro-batch, this stage's and this rank's part: what is differentiated, and what is only reported."""
 
-    lm: Tensor
-    """sum of the token losses times the given scale"""
+    lm: Tensor | None
+    """sum of the token losses times the given scale, the same on ranks that share the vocabulary; none but on the last stage"""
     auxiliary: dict[str, Tensor]
-    """balance, router_z: summed over layers, not weighted"""
-    token_losses: Tensor
-    """[T] nats, 0 where there is no label"""
+    """balance, router_z: summed over layers, not weighted; the sum over ranks is the loss"""
+    token_losses: Tensor | None
+    """[T] nats, 0 where there is no label; none but on the last stage"""
     loads: dict[str, Tensor]
     """moe/layer_NN/load -> [P, E] choices in the routing population"""
     stream_weights: Tensor | None
-    """[T, P] of the aggregator"""
+    """[T of this rank, P] of the aggregator"""
 
 
 class Decoder(nn.Module):
     """A language model over a resolved `Model` config (see `megascale.config.resolve`)."""
 
+    embedding: Embedding | None
+    norm: RMSNorm | None
+    aggregator: Aggregator | None
+    head: Head | None
+
     def __init__(self, model: Model):
         super().__init__()
         assert model.vocab_size is not None
         self.config = model
-        self.embedding = nn.Embedding(model.vocab_size, model.width)
+        self.embedding = Embedding(model.vocab_size, model.width)
         self.layers = nn.ModuleDict({str(i): Layer(model, i) for i in range(model.layers)})
         self.norm = RMSNorm(model.width, model.norm_eps)
         streams = model.streams
         self.aggregator = Aggregator(model.width, streams.count, streams.smoothing) if streams.count > 1 else None
-        self.head = nn.Linear(model.width, model.vocab_size, bias=False)
+        self.head = Head(model.vocab_size, model.width)
         if model.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def hidden(
-        self, tokens: Tensor, positions: Tensor, documents: Tensor, watch: Callable[[str, Tensor], None] | None = None
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Last hidden states [T, d] of tokens [B, S]; the aggregator's weights [T, P] (none for P = 1); and the routers' reports, summed
-        over layers but for load, which is named by layer. `positions` restart at each document, `documents` numbers them inside a text.
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The state [T, P, K, d] before the first layer, of tokens [B, S]."""
+        assert self.embedding is not None, "the first stage has the embedding"
+        return expand(self.embedding(tokens.flatten()), self.config.streams.count, self.config.altup.blocks)
+
+    def run(
+        self, state: Tensor, packing: Packing, watch: Callable[[str, Tensor], None] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The state behind the layers here, and the routers' reports: summed over layers but for load, which is named by layer.
+
         `watch` sees each layer's name and the state behind it.
         """
-        packing = pack(positions, documents, self.config)
-        state = expand(self.embedding(tokens.flatten()), self.config.streams.count, self.config.altup.blocks)
         reports: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             state, report = layer(state, packing)
@@ -114,32 +125,65 @@ class Decoder(nn.Module):
                     reports[f"moe/layer_{int(name):02d}/load"] = value
                 else:
                     reports[key] = reports[key] + value if key in reports else value
-        return *self._join(state), reports
+        return state, reports
 
-    def _join(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
+    def join(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The last hidden states [T, d] of the state, and the aggregator's weights [T, P] (none for P = 1)."""
+        assert self.norm is not None, "the last stage has the norm"
         x = self.norm(contract(state))
         return (x.squeeze(1), None) if self.aggregator is None else self.aggregator(x)
 
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, documents: Tensor, watch: Callable[[str, Tensor], None] | None = None
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Last hidden states [T, d] of tokens [B, S], the aggregator's weights and the routers' reports. `positions` restart at each
+        document, `documents` numbers them inside a text; `watch` as in `run`.
+        """
+        state, reports = self.run(self.embed(tokens), pack(positions, documents, self.config), watch)
+        return *self.join(state), reports
+
     def forward(self, tokens: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
         """Logits [B, S, V]; arguments as in `hidden`."""
+        assert self.head is not None
         return self.head(self.hidden(tokens, positions, documents)[0]).view(*tokens.shape, -1)
 
-    def losses(self, tokens: Tensor, positions: Tensor, documents: Tensor, labels: Tensor, scale: Tensor) -> Losses:
-        """The losses of a micro-batch; labels [B, S] (IGNORED: none), `scale` multiplies each token's loss (one over their number)."""
-        x, weights, reports = self.hidden(tokens, positions, documents)
-        lm, token_losses = linear_cross_entropy(x, self.head.weight, labels.flatten(), scale)
+    def advance(
+        self,
+        state: Tensor | None,
+        tokens: Tensor,
+        positions: Tensor,
+        documents: Tensor,
+        labels: Tensor,
+        scale: Tensor,
+        watch: Callable[[str, Tensor], None] | None = None,
+    ) -> tuple[Tensor, Losses]:
+        """One stage's part of a micro-batch: from the state of the stage before (none: this is the first) to the next state and the losses.
+
+        labels [B, S] (IGNORED: none); `scale` multiplies each token's loss (one over their number).
+        """
+        state = self.embed(tokens) if state is None else state
+        state, reports = self.run(state, pack(positions, documents, self.config), watch)
         auxiliary = {key: reports.pop(key) for key in AUXILIARY if key in reports}
-        return Losses(lm, auxiliary, token_losses, reports, weights)
+        if self.head is None:
+            return state, Losses(None, auxiliary, None, reports, None)
+        x, weights = self.join(state)
+        lm, token_losses = self.head.loss(x, labels.flatten(), scale)
+        return state, Losses(lm, auxiliary, token_losses, reports, weights)
+
+    def losses(self, tokens: Tensor, positions: Tensor, documents: Tensor, labels: Tensor, scale: Tensor) -> Losses:
+        """The losses of a micro-batch of a whole decoder; arguments as in `advance`."""
+        return self.advance(None, tokens, positions, documents, labels, scale)[1]
 
     def decode(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         """Logits [B, V] of the last of m new tokens [B, m] behind the cached ones, which grow by m."""
         batch, new = tokens.shape
         positions = torch.arange(cache.length, cache.length + new, device=tokens.device).expand(batch, -1)
         packing = pack(positions, torch.zeros_like(positions), self.config)
-        state = expand(self.embedding(tokens.flatten()), self.config.streams.count, self.config.altup.blocks)
+        assert self.head is not None
+        state = self.embed(tokens)
         for name, layer in self.layers.items():
             assert isinstance(layer, Layer)
             state = layer.decode(state, packing, cache, int(name))
         cache.length += new
         last = state.unflatten(0, (batch, new))[:, -1]
-        return self.head(self._join(last)[0])
+        return self.head(self.join(last)[0])

@@ -1,14 +1,57 @@
-"""Named points where a module exchanges data with other ranks. On one device each is the identity.
+"""Named points where a module exchanges data with other ranks, as they are on one device, and the declaration of what may be split.
 
 A module owns its points as attributes; `megascale.parallel.apply` replaces them according to the layout, and nothing else in the model
-differs between one process and a cluster.
+differs between one process and a cluster. T tokens, N rows of tokens, E experts, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
 from torch import Tensor
+
+Exchange = Callable[[Tensor], Tensor]
+"""An exchange point that takes and returns tokens or counts."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a parameter may be shared by the ranks of an axis: by whole units along one dimension.
+
+    A module declares its splits in an attribute `splits`, by the parameter's name inside the module. All ranks hold those without one.
+    """
+
+    dim: int
+    axis: Literal["tp", "ep"]
+    units: int
+    """heads, experts, rows of the vocabulary: what must stay together"""
+
+
+def unit_range(units: int, part: int, parts: int) -> range:
+    """The units of one of `parts` ranks: contiguous and balanced; where ranks outnumber units, several ranks hold the same one."""
+    first = part * units // parts
+    return range(first, max((part + 1) * units // parts, first + 1))
 
 
 def identity(x: Tensor) -> Tensor:
-    """The exchange point of one device."""
+    """gather_tokens, scatter_tokens, population_sum, merge_streams on one device."""
     return x
+
+
+def keep_rows(copies: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, None]:
+    """dispatch on one device: rows [N, d] sorted by expert and their numbers [E] -> rows for the experts here, sorted by expert, their
+    numbers, and what `combine` needs to undo it.
+    """
+    return copies, counts, None
+
+
+def take_back(outputs: Tensor, _way: object) -> Tensor:
+    """combine on one device: the experts' outputs in the order of `dispatch`'s input."""
+    return outputs
+
+
+def whole_vocabulary(normaliser: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """join_vocabulary on one device: log-sum-exp [T] and the label's logit [T] over the rows here are those over all rows."""
+    return normaliser, chosen

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 
+Shape = tuple[int, ...]
+
 ROWS = 256
 """Rows of a matrix drawn from one generator; a rank that holds some rows draws only the blocks it needs."""
 
@@ -20,15 +22,20 @@ def generator(seed: int, *key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def normal_rows(seed: int, name: str, shape: torch.Size, std: float, start: int = 0, stop: int | None = None) -> Tensor:
-    """Rows start..stop of the fp32 tensor N(0, std^2) that belongs to (seed, name, shape). An expert is a row of its [E, ...] tensor."""
-    stop = shape[0] if stop is None else stop
+def normal_rectangle(seed: int, name: str, shape: Shape, std: float, offsets: Shape, sizes: Shape) -> Tensor:
+    """A rectangle of the fp32 tensor N(0, std^2) that belongs to (seed, name, shape); only its blocks of rows are drawn.
+
+    An expert is a row of its [E, ...] tensor.
+    """
+    start, stop = offsets[0], offsets[0] + sizes[0]
+    inside = tuple(slice(offset, offset + size) for offset, size in zip(offsets[1:], sizes[1:], strict=True))
     block = 1 if len(shape) > 2 else ROWS
     rows = []
     for first in range(start // block * block, stop, block):
         size = min(block, shape[0] - first)
         drawn = torch.empty(size, *shape[1:]).normal_(0, std, generator=generator(seed, name, first // block))
-        rows.append(drawn[max(start - first, 0) : stop - first])
+        here = (slice(max(start - first, 0), stop - first), *inside)
+        rows.append(drawn[here])
     return torch.cat(rows)
 
 
@@ -47,13 +54,18 @@ def initial_std(name: str, model: Model) -> float | None:
 
 
 @torch.no_grad()
+def fill(parameter: Tensor, name: str, model: Model, seed: int, shape: Shape, offsets: Shape) -> None:
+    """Give a parameter its initial weights in place; it is the rectangle at `offsets` of the global tensor `name` of this shape."""
+    std = initial_std(name, model)
+    if std is not None:
+        parameter.copy_(normal_rectangle(seed, name, shape, std, offsets, tuple(parameter.shape)))
+    elif name.endswith("norm.weight"):
+        parameter.fill_(1)
+    else:
+        parameter.zero_()
+
+
 def initialize(decoder: nn.Module, model: Model, seed: int) -> None:
-    """Fill all parameters in place."""
+    """Fill all parameters of a whole decoder in place."""
     for name, parameter in decoder.named_parameters():
-        std = initial_std(name, model)
-        if std is not None:
-            parameter.copy_(normal_rows(seed, name, parameter.shape, std))
-        elif name.endswith("norm.weight"):
-            parameter.fill_(1)
-        else:
-            parameter.zero_()
+        fill(parameter, name, model, seed, tuple(parameter.shape), (0,) * parameter.ndim)

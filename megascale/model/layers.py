@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.config.schema import Rotary
-from megascale.model.exchange import identity
+from megascale.model.exchange import Exchange, Split, identity
 
 
 class RMSNorm(nn.Module):
@@ -33,8 +33,13 @@ class SwiGLU(nn.Module):
         self.gate = nn.Linear(width, hidden, bias=False)
         self.up = nn.Linear(width, hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
-        self.gather_tokens = identity
-        self.scatter_tokens = identity
+        self.splits = {
+            "gate.weight": Split(0, "tp", hidden),
+            "up.weight": Split(0, "tp", hidden),
+            "down.weight": Split(1, "tp", hidden),
+        }
+        self.gather_tokens: Exchange = identity
+        self.scatter_tokens: Exchange = identity
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.gather_tokens(x)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.kernels.grouped import grouped_linear
-from megascale.model.exchange import identity
+from megascale.model.exchange import Exchange, Split, identity, keep_rows, take_back
 from megascale.model.layers import SwiGLU
 
 
@@ -28,7 +28,7 @@ class Router(nn.Module):
         super().__init__()
         self.experts, self.per_token, self.streams = model.experts.count, model.experts.per_token, model.streams.count
         self.weight = nn.Parameter(torch.empty(self.experts, model.width))
-        self.population_sum: Callable[[Tensor], Tensor] = identity
+        self.population_sum: Exchange = identity
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """x [N, d] -> gates [N, k] (fp32), experts [N, k] (int64), and what the losses and the metrics need.
@@ -72,10 +72,9 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(experts.count, experts.width, model.width))
         self.down = nn.Parameter(torch.empty(experts.count, model.width, experts.width))
         self.shared = SwiGLU(model.width, experts.shared * experts.width) if experts.shared else None
-        self.dispatch = identity
-        self.combine = identity
-        self.gather_tokens = identity
-        self.scatter_tokens = identity
+        self.splits = {name: Split(0, "ep", experts.count) for name in ("gate", "up", "down")}
+        self.dispatch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Any]] = keep_rows
+        self.combine: Callable[[Tensor, Any], Tensor] = take_back
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         rows = x.flatten(0, 1)
@@ -83,10 +82,11 @@ class Experts(nn.Module):
         k = experts.shape[1]
         order = experts.flatten().argsort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        ends = F.one_hot(experts.flatten(), self.gate.shape[0]).sum(0).cumsum(0).to(torch.int32)
-        copies = self.dispatch(take_rows(rows, order // k, place.view(-1, k)))
+        counts = F.one_hot(experts.flatten(), self.router.experts).sum(0)
+        copies, counts, way = self.dispatch(take_rows(rows, order // k, place.view(-1, k)), counts)
+        ends = counts.cumsum(0).to(torch.int32)
         hidden = F.silu(grouped_linear(copies, self.gate, ends)) * grouped_linear(copies, self.up, ends)
-        outputs = self.combine(grouped_linear(hidden, self.down, ends))
+        outputs = self.combine(grouped_linear(hidden, self.down, ends), way)
         picked = take_rows(outputs, place, order[:, None]).view(-1, k, rows.shape[1])
         result = (picked * gates[..., None].to(picked.dtype)).sum(1)
         if self.shared is not None:

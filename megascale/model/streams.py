@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megascale.model.exchange import identity
+from megascale.model.exchange import Exchange, identity
 
 
 class Aggregator(nn.Module):
@@ -21,7 +21,7 @@ class Aggregator(nn.Module):
         self.hidden = nn.Linear(streams * width, width)
         self.mix = nn.Linear(width, streams)
         self.smoothing = smoothing
-        self.merge_streams = identity
+        self.merge_streams: Exchange = identity
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.mix(F.silu(self.merge_streams(self.hidden(x.flatten(1)))))

@@ -1,28 +1,40 @@
-"""Fill the model's exchange points for a layout. This version: data parallelism."""
+"""Fill the model's exchange points for a layout: the one place where modules meet process groups."""
 
 from __future__ import annotations
 
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed import _functional_collectives as functional
+from torch import nn
 
-from megascale.config.schema import Config
-from megascale.model.decoder import Decoder
-from megascale.model.routing import Router
-from megascale.parallel.world import World
-
-
-def _population_sum(counts: Tensor) -> Tensor:
-    """The sum of the ranks' counts, as an op that torch.compile keeps in its graph."""
-    world = dist.group.WORLD
-    assert world is not None, "more than one rank"
-    return functional.all_reduce(counts, "sum", world)
+from megascale.config.schema import Model
+from megascale.model.attention import Attention
+from megascale.model.layers import SwiGLU
+from megascale.model.routing import Experts, Router
+from megascale.model.vocabulary import Embedding, Head
+from megascale.parallel.collectives import ExpertExchange, gather, join_vocabulary, scatter, total
+from megascale.parallel.mesh import STAGE, Mesh
 
 
-def apply(decoder: Decoder, config: Config, world: World) -> None:
-    """Connect the model's exchange points, in place. One rank: nothing to connect."""
-    if world.size == 1 or config.model.experts.scope == "rank":
-        return
+def apply(decoder: nn.Module, model: Model, mesh: Mesh) -> None:
+    """Connect the exchange points of a stage, in place. One rank: nothing to connect."""
+    if mesh.size("tp") > 1:
+        for module in decoder.modules():
+            _split_over_tensor_ranks(module, mesh)
+    stage = mesh.along(*STAGE)
     for module in decoder.modules():
-        if isinstance(module, Router):
-            module.population_sum = _population_sum
+        if isinstance(module, Router) and len(stage) > 1 and model.experts.scope == "global":
+            module.population_sum = total(mesh.group(stage))
+        if isinstance(module, Experts) and mesh.size("ep") > 1:
+            exchange = ExpertExchange(mesh.group(mesh.layout.expert_peers(mesh.world.rank)))
+            module.dispatch, module.combine = exchange.dispatch, exchange.combine
+
+
+def _split_over_tensor_ranks(module: nn.Module, mesh: Mesh) -> None:
+    """Tensor and sequence parallelism (arXiv 1909.08053, section 3; arXiv 2205.05198, section 4.2): between the split matrices every rank
+    works on its share of the tokens.
+    """
+    group = mesh.group(mesh.along("tp"))
+    if isinstance(module, (Attention, SwiGLU)):
+        module.gather_tokens, module.scatter_tokens = gather(group), scatter(group)
+    elif isinstance(module, Embedding):
+        module.scatter_tokens = scatter(group)
+    elif isinstance(module, Head):
+        module.gather_tokens, module.join_vocabulary = gather(group), join_vocabulary(group)

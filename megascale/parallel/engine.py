@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,13 +26,23 @@ class OptimizerGroup:
 
 
 class Engine(Protocol):
-    """Reduces gradients over the ranks, clips, steps. Losses are sums of contributions: gradients are summed over ranks, never averaged."""
+    """Reduces gradients over the ranks, clips, steps.
+
+    Losses are sums of contributions: a gradient is the sum over the ranks that hold the parameter, never their mean.
+    """
+
+    groups: Sequence[OptimizerGroup]
+    parameters: Mapping[str, nn.Parameter]
+    """all of this rank's, by global name"""
+
+    def begin(self) -> None:
+        """Before the first backward of a step. What follows may be `backward`, or a pipeline schedule that runs backward itself."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of one micro-batch; with the last one of a step their reduction over ranks starts."""
+        """Add the gradients of one micro-batch; with the last one of a step their reduction over ranks may start."""
 
     def gradient_norm(self) -> float:
-        """Finish the reduction and return the global norm, before clipping."""
+        """Finish the reduction and return the global norm, before clipping; the same on all ranks."""
 
     def step(self, lr_scale: float) -> None:
         """Clip, update with lr_scale times each group's peak learning rate, and forget the gradients."""
@@ -44,4 +54,4 @@ class Engine(Protocol):
         """The weights (fp32 masters) and optimizer state that this rank writes into a checkpoint."""
 
     def load(self, reader: CheckpointReader) -> None:
-        """Restore what `rectangles` wrote, in any layout."""
+        """Restore what `rectangles` wrote, in any layout and by any engine."""

@@ -1,7 +1,8 @@
-"""The plain torch engine: data parallelism over gloo or NCCL. The reference for every other engine."""
+"""The plain torch engine: every rank keeps the whole state of the parameters it holds. The reference for every other engine."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
@@ -14,25 +15,26 @@ from megascale.checkpoint.load import CheckpointReader
 from megascale.config.schema import Muon
 from megascale.config.schema import Optimizer as OptimizerConfig
 from megascale.parallel.engine import OptimizerGroup
-from megascale.parallel.world import World
+from megascale.parallel.mesh import Mesh, Ranks
+from megascale.parallel.placement import Placement
 
 BUCKET = 2**23
 """Gradient elements reduced by one collective: 32 MiB, enough for full bandwidth, small enough to start during the backward pass."""
 
 
 class _Bucket:
-    """A stretch of the flat gradient that is reduced once all its parameters have theirs."""
+    """A stretch of a flat gradient that is reduced once all its parameters have theirs."""
 
-    def __init__(self, flat: Tensor, waiting: int):
-        self.flat, self.size, self.waiting = flat, waiting, waiting
+    def __init__(self, flat: Tensor, holders: Ranks, waiting: int):
+        self.flat, self.holders, self.size, self.waiting = flat, holders, waiting, waiting
         self.work: dist.Work | None = None
 
 
 class PlainEngine:
-    """fp32 gradients in one flat buffer, fp32 masters for bf16 parameters, AdamW and Muon of torch.
+    """fp32 gradients in flat buffers, fp32 masters for bf16 parameters, AdamW and Muon of torch.
 
-    The buffer is ordered last parameter first, so that its buckets fill up, and are reduced, while the backward pass runs.
-    Muon sees whole matrices: an [E, o, i] expert tensor is E of them.
+    Parameters with the same holders share a buffer, ordered last parameter first, so that its buckets fill up, and are reduced, while the
+    backward pass runs. Muon sees whole matrices: an [E, o, i] expert tensor is E of them.
     """
 
     def __init__(
@@ -40,52 +42,59 @@ class PlainEngine:
         groups: Sequence[OptimizerGroup],
         weights: Mapping[str, Tensor],
         parameters: Mapping[str, nn.Parameter],
+        placements: Mapping[str, Placement],
         config: OptimizerConfig,
-        world: World,
+        mesh: Mesh,
     ):
         """Args:
-        groups: of the trained parameters.
+        groups: of the trained parameters; those that this rank lacks are absent from them.
         weights: fp32, of all parameters; the parameter's own memory, or a master where the parameter is bf16.
-        parameters: of the model, all of them.
+        parameters: of this rank, all of them.
+        placements: what of the global parameters they are.
         """
-        self.world, self.clip = world, config.clip
-        self.groups, self.parameters = groups, parameters
+        self.mesh, self.clip = mesh, config.clip
+        self.groups, self.parameters, self.placements = groups, parameters, placements
         self.trained = {name: p for group in groups for name, p in group.parameters.items()}
-        self._flatten_gradients()
+        # while a pipeline runs, ranks of different stages finish different gradients first: reductions would start in different orders
+        self.overlap = mesh.size("pp") == 1
+        self.last_micro_batch = False
+        self.flats: dict[Ranks, Tensor] = {}
+        self.buckets: list[_Bucket] = []
+        for holders in sorted({placements[name].holders for name in self.trained}):
+            self._flatten_gradients(holders)
         self.masters = {name: p if p.dtype == torch.float32 else nn.Parameter(weights[name]) for name, p in parameters.items()}
         self.leaves: dict[str, list[nn.Parameter]] = {}
         self.optimizers: list[torch.optim.Optimizer] = []
         self.peak_lr: list[tuple[dict, float]] = []
         for kind in ("adamw", "muon"):
-            self._add_optimizer(kind, [group for group in groups if group.optimizer == kind], config)
+            self._add_optimizer(kind, [group for group in groups if group.optimizer == kind and group.parameters], config)
 
-    def _flatten_gradients(self) -> None:
-        backwards = list(self.trained.values())[::-1]
-        device = backwards[0].device
-        self.flat = torch.zeros(sum(p.numel() for p in backwards), device=device)
-        self.buckets: list[_Bucket] = []
+    def _flatten_gradients(self, holders: Ranks) -> None:
+        backwards = [p for name, p in reversed(self.trained.items()) if self.placements[name].holders == holders]
+        flat = torch.zeros(sum(p.numel() for p in backwards), device=backwards[0].device)
         start = first = count = 0
         for i, p in enumerate(backwards):
             if p.dtype != torch.float32:
                 p.grad_dtype = torch.float32
-            p.grad = self.flat[start : start + p.numel()].view_as(p)
+            p.grad = flat[start : start + p.numel()].view_as(p)
             start, count = start + p.numel(), count + 1
             p.register_post_accumulate_grad_hook(partial(self._gradient_final, len(self.buckets)))
             if start - first >= BUCKET or i == len(backwards) - 1:
-                self.buckets.append(_Bucket(self.flat[first:start], count))
+                self.buckets.append(_Bucket(flat[first:start], holders, count))
                 first, count = start, 0
-        self.last_micro_batch = False
+        self.flats[holders] = flat
 
     def _gradient_final(self, index: int, _parameter: Tensor) -> None:
-        bucket = self.buckets[index]
-        if not self.last_micro_batch or self.world.size == 1:
+        if not self.last_micro_batch or not self.overlap:
             return
+        bucket = self.buckets[index]
         bucket.waiting -= 1
         if bucket.waiting == 0:
             self._reduce(bucket)
 
     def _reduce(self, bucket: _Bucket) -> None:
-        bucket.work = dist.all_reduce(bucket.flat, async_op=True)
+        if len(bucket.holders) > 1:
+            bucket.work = dist.all_reduce(bucket.flat, group=self.mesh.group(bucket.holders), async_op=True)
 
     def _add_optimizer(self, kind: str, groups: Sequence[OptimizerGroup], config: OptimizerConfig) -> None:
         if not groups:
@@ -112,6 +121,10 @@ class PlainEngine:
         assert x is not None
         return [x] if len(self.leaves[name]) == 1 and self.leaves[name][0].shape == x.shape else list(x.unbind())
 
+    def begin(self) -> None:
+        """See `Engine`."""
+        self.last_micro_batch = False
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """See `Engine`."""
         self.last_micro_batch = last
@@ -119,22 +132,31 @@ class PlainEngine:
 
     def gradient_norm(self) -> float:
         """See `Engine`. One host synchronisation: the guard must know the norm before the update."""
-        if self.world.size > 1:
-            for bucket in self.buckets:
-                if bucket.work is None:  # a parameter in it had no gradient on this rank
-                    self._reduce(bucket)
-            for bucket in self.buckets:
-                assert bucket.work is not None
+        for bucket in self.buckets:
+            if (
+                bucket.work is None
+            ):  # not during the backward pass: a pipeline ran, or a parameter in it had no gradient on this rank
+                self._reduce(bucket)
+        for bucket in self.buckets:
+            if bucket.work is not None:
                 bucket.work.wait()
-                bucket.work, bucket.waiting = None, bucket.size
-        self.norm = torch.linalg.vector_norm(self.flat)
+            bucket.work, bucket.waiting = None, bucket.size
+        self.norm = self._norm()
         return float(self.norm)
+
+    def _norm(self) -> Tensor:
+        """Of the global gradient: each piece counts once, whoever holds it."""
+        world = self.mesh.world
+        if len(self.flats) == 1 and len(next(iter(self.flats))) == world.size:
+            return torch.linalg.vector_norm(next(iter(self.flats.values())))
+        squares = [torch.linalg.vector_norm(flat).double().square() / len(holders) for holders, flat in self.flats.items()]
+        return world.sum(torch.stack(squares).sum()).sqrt().float()
 
     @torch.no_grad()
     def step(self, lr_scale: float) -> None:
         """See `Engine`."""
         if self.clip is not None:
-            self.flat.mul_((self.clip / self.norm).clamp(max=1.0))
+            torch._foreach_mul_(list(self.flats.values()), (self.clip / self.norm).clamp(max=1.0))
         for torch_group, lr in self.peak_lr:
             torch_group["lr"] = lr * lr_scale
         for optimizer in self.optimizers:
@@ -142,11 +164,11 @@ class PlainEngine:
         bf16 = [name for name, p in self.trained.items() if p is not self.masters[name]]
         if bf16:
             torch._foreach_copy_([self.parameters[name].data for name in bf16], [self.masters[name].data for name in bf16])
-        self.flat.zero_()
+        torch._foreach_zero_(list(self.flats.values()))
 
     def skip(self) -> None:
         """See `Engine`."""
-        self.flat.zero_()
+        torch._foreach_zero_(list(self.flats.values()))
 
     def _states(self, name: str) -> list[tuple[str, list[Tensor]]]:
         """(kind of state, one tensor a leaf) of a parameter's optimizer state; empty for frozen ones and before the first step."""
@@ -158,25 +180,28 @@ class PlainEngine:
         return states
 
     def rectangles(self) -> Iterable[Rectangle]:
-        """See `Engine`. Every rank holds everything; they share the writing by turns."""
-        for i, (name, master) in enumerate(self.masters.items()):
-            if i % self.world.size != self.world.rank:
+        """See `Engine`. The holders of a parameter share the writing by turns."""
+        for name, master in self.masters.items():
+            place = self.placements[name]
+            if place.holders[zlib.crc32(name.encode()) % len(place.holders)] != self.mesh.world.rank:
                 continue
-            yield Rectangle(f"model/{name}", tuple(master.shape), (0,) * master.ndim, master.detach())
+            yield Rectangle(f"model/{name}", place.global_shape, place.offsets, master.detach())
             for kind, tensors in self._states(name):
-                if len(tensors) == 1:
-                    yield Rectangle(f"{kind}/{name}", tuple(tensors[0].shape), (0,) * tensors[0].ndim, tensors[0])
+                if tensors[0].ndim == 0:
+                    if not any(place.offsets):  # one number for the whole parameter: whoever has its first piece writes it
+                        yield Rectangle(f"{kind}/{name}", (), (), tensors[0])
+                elif len(tensors) == 1:
+                    yield Rectangle(f"{kind}/{name}", place.global_shape, place.offsets, tensors[0])
                 else:
-                    shape = (len(tensors), *tensors[0].shape)
                     for e, tensor in enumerate(tensors):
-                        yield Rectangle(f"{kind}/{name}", shape, (e, *(0,) * tensor.ndim), tensor[None])
+                        yield Rectangle(f"{kind}/{name}", place.global_shape, (place.offsets[0] + e, 0, 0), tensor[None])
 
     @torch.no_grad()
     def load(self, reader: CheckpointReader) -> None:
         """See `Engine`."""
         names = set(reader.names())
         for name, master in self.masters.items():
-            master.copy_(reader.read(f"model/{name}"))
+            master.copy_(reader.read(f"model/{name}", self.placements[name].offsets, tuple(master.shape)))
             self.parameters[name].copy_(master)
         for optimizer in self.optimizers:
             prefix = type(optimizer).__name__.lower()
@@ -184,7 +209,12 @@ class PlainEngine:
             for name, leaves in self.leaves.items():
                 mine = [leaf for leaf in leaves if any(leaf is p for g in optimizer.param_groups for p in g["params"])]
                 for kind in kinds if mine else ():
-                    saved = reader.read(f"{kind}/{name}")
+                    saved = self._read_state(reader, f"{kind}/{name}", name)
                     parts = [saved] if len(leaves) == 1 else list(saved.unbind())
                     for leaf, part in zip(leaves, parts, strict=True):
                         optimizer.state[leaf][kind.split(".", 1)[1]] = part.clone().to(leaf.device)
+
+    def _read_state(self, reader: CheckpointReader, key: str, name: str) -> Tensor:
+        if not reader.shape(key):
+            return reader.read(key)
+        return reader.read(key, self.placements[name].offsets, tuple(self.masters[name].shape))

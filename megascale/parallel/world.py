@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch
+import psutil
 import torch.distributed as dist
 from torch import Tensor
 
 from megascale.config.errors import InputError
+from megascale.parallel.agreement import Claim, JoinError, agree
 from megascale.parallel.device import Device, choose_device
 
 
@@ -68,27 +71,77 @@ def rank_variables(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
     return rank, size, local_rank, local_size
 
 
-def start_world(timeout_seconds: float) -> World:
-    """Join the other ranks, if there are any.
+def start_world(timeout_seconds: float, claim: Claim) -> World:
+    """Join the other ranks, if there are any, once all claim to train the same.
+
+    Args:
+        timeout_seconds: how long to wait for the last rank, and later for any collective.
+        claim: what this rank would train, or why it cannot.
 
     Raises:
-        InputError: the launcher named several ranks but no meeting place.
+        InputError: the launcher named several ranks but no meeting place; or ranks differ or cannot start, see `agree`.
+        JoinError: the ranks did not come together.
+        Exception: the claim's failure, if there is no other rank or it is no InputError.
     """
     rank, size, local_rank, local_size = rank_variables(os.environ)
+    if size == 1:
+        if claim.failure is not None:
+            raise claim.failure
+        return World(rank, size, choose_device(local_rank, local_size))
+    store = _meet(rank, size, timeout_seconds)
     device = choose_device(local_rank, local_size)
-    if size > 1:
-        for key in ("MASTER_ADDR", "MASTER_PORT"):
-            if key not in os.environ:
-                raise InputError(
-                    f"environment variable {key}", f"is not set, but there are {size} ranks", "export it, the same on all nodes"
-                )
-        torch.distributed.init_process_group(
-            device.backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds), init_method="env://"
-        )
+    launch = {"number of ranks": str(size), "device": device.torch.type}
+    facts = {**claim.facts, "launch": launch} if claim.facts else {}
+    agree(dist.PrefixStore("agreement", store), rank, size, Claim(facts, claim.failure), timeout_seconds)
+    if local_size < size:
+        choose_interface(os.environ)
+    dist.init_process_group(
+        device.backend,
+        store=dist.PrefixStore("world", store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
     return World(rank, size, device)
+
+
+def _meet(rank: int, size: int, timeout_seconds: float) -> dist.Store:
+    """The key-value store at the launcher's meeting place: rank 0 serves it, or torchrun's agent does."""
+    for key in ("MASTER_ADDR", "MASTER_PORT"):
+        if key not in os.environ:
+            raise InputError(
+                f"environment variable {key}", f"is not set, but there are {size} ranks", "export it, the same on all nodes"
+            )
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    serve = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        # Not waiting for all: `agree` does, and can say who is missing.
+        return dist.TCPStore(address, int(port), size, serve, timedelta(seconds=timeout_seconds), wait_for_workers=False)
+    except dist.DistNetworkError as error:
+        place, reason = f"MASTER_ADDR {address}, MASTER_PORT {port}", str(error).splitlines()[0]
+        if serve:
+            raise InputError(place, reason, "is another run using the port? choose another: `--master_port N`") from error
+        raise JoinError(
+            place, reason, "rank 0's output tells why it does not answer; or its host is not reachable here"
+        ) from error
+
+
+def choose_interface(environment: MutableMapping[str, str]) -> None:
+    """Let gloo use the network interface that leads to MASTER_ADDR, unless GLOO_SOCKET_IFNAME is set.
+
+    Gloo takes the address of this host's name, which on Debian and its relatives is a loopback address: no other host reaches it.
+    """
+    if "GLOO_SOCKET_IFNAME" in environment:
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):  # an IPv6 host: gloo decides
+        probe.connect((environment["MASTER_ADDR"], int(environment["MASTER_PORT"])))  # sends nothing
+        own = probe.getsockname()[0]
+        names = [name for name, rows in psutil.net_if_addrs().items() if any(row.address == own for row in rows)]
+        if names:
+            environment["GLOO_SOCKET_IFNAME"] = names[0]
 
 
 def end_world(world: World) -> None:
     """Leave the process group."""
     if world.size > 1:
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from megascale.config.layout import zero_stage_of
 from megascale.config.schema import Config
 from megascale.data.open_data import OpenData, open_data
 from megascale.model.decoder import FP32_PARAMETERS, Decoder
-from megascale.model.initialize import initialize
 from megascale.parallel.apply import apply
+from megascale.parallel.engine import Engine
+from megascale.parallel.mesh import Mesh
+from megascale.parallel.pipeline import Stages
+from megascale.parallel.placement import Placement
 from megascale.parallel.plain import PlainEngine
-from megascale.parallel.world import World
+from megascale.parallel.shard import cut, materialise, named_parameters, own_stages, shard, whole_on_meta
 from megascale.train.compiling import compile_layers
 from megascale.train.groups import optimizer_groups
 
@@ -27,8 +31,9 @@ class Parts:
     config: Config
     """resolved, with the vocabulary's size"""
     data: OpenData
-    decoder: Decoder
-    engine: PlainEngine
+    mesh: Mesh
+    stages: Stages
+    engine: Engine
 
 
 def open_run_data(config: Config) -> tuple[Config, OpenData]:
@@ -38,23 +43,49 @@ def open_run_data(config: Config) -> tuple[Config, OpenData]:
     return config.model_copy(update={"model": model}), data
 
 
-def cast(decoder: nn.Module, precision: str) -> dict[str, Tensor]:
-    """Give the model its precision, in place, and return the fp32 weights by global name: those of bf16 parameters are copies (masters)."""
+def cast(parameters: Mapping[str, nn.Parameter], precision: str) -> dict[str, Tensor]:
+    """Give parameters their precision, in place, and return the fp32 weights by global name: those of bf16 ones are copies (masters)."""
     weights: dict[str, Tensor] = {}
-    for name, parameter in decoder.named_parameters():
+    for name, parameter in parameters.items():
         weights[name] = parameter.detach()
         if precision == "bf16" and not any(fnmatchcase(name, pattern) for pattern in FP32_PARAMETERS):
             parameter.data = parameter.detach().to(torch.bfloat16)
     return weights
 
 
-def build(config: Config, data: OpenData, world: World, say: Callable[[str], None]) -> Parts:
-    """Build the model, connect it for the layout, compile it, give it an engine. `config` knows the vocabulary's size."""
-    decoder = Decoder(config.model)
-    initialize(decoder, config.model, config.run.seed)
-    decoder.to(world.device.torch)
-    groups = optimizer_groups(decoder.named_parameters(), config.optimizer)
-    weights = cast(decoder, config.precision)
-    apply(decoder, config, world)
-    compile_layers(decoder, config.compile, world.device.torch, say)
-    return Parts(config, data, decoder, PlainEngine(groups, weights, dict(decoder.named_parameters()), config.optimizer, world))
+def build_stages(config: Config, mesh: Mesh) -> tuple[Stages, dict[str, nn.Parameter], dict[str, Placement]]:
+    """This rank's stages with their initial weights, its parameters by global name, and what of the global ones they are.
+
+    On the meta device first: cut, shard, and only then memory and weights, so that no rank ever holds what is not its own.
+    """
+    decoders: dict[int, Decoder] = {}
+    parameters: dict[str, nn.Parameter] = {}
+    placements: dict[str, Placement] = {}
+    for stage in own_stages(config, mesh):
+        decoder = whole_on_meta(config.model)
+        cut(decoder, stage, config.parallel)
+        placements |= (here := shard(decoder, mesh))
+        materialise(decoder, here, config.run.seed, mesh.world.device.torch)
+        apply(decoder, config.model, mesh)
+        parameters |= named_parameters(decoder)
+        decoders[stage] = decoder
+    return Stages(decoders, config, mesh), parameters, placements
+
+
+def build(config: Config, data: OpenData, mesh: Mesh, say: Callable[[str], None]) -> Parts:
+    """Build this rank's part of the model, connected for the layout and compiled, and its engine. `config` knows the vocabulary's size."""
+    stages, parameters, placements = build_stages(config, mesh)
+    everywhere = {name: p.ndim for name, p in named_parameters(whole_on_meta(config.model)).items()}
+    groups = optimizer_groups(parameters.items(), config.optimizer, everywhere)
+    weights = cast(parameters, config.precision)
+    compile_layers(stages.modules(), config.compile, mesh.world.device.torch, say)
+    zero = zero_stage_of(config, mesh.world.size)
+    if zero == 0:
+        engine: Engine = PlainEngine(groups, weights, parameters, placements, config.optimizer, mesh)
+    else:
+        from megascale.parallel.zero import ZeroEngine  # DeepSpeed takes seconds to import
+
+        model = nn.ModuleList(stages.modules())
+        engine = ZeroEngine(model, groups, weights, parameters, placements, config.optimizer, mesh, zero, config.engine.deepspeed)
+    say(f"engine: {f'DeepSpeed, ZeRO {zero}' if zero else 'plain torch (ZeRO 0)'}")
+    return Parts(config, data, mesh, stages, engine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -23,9 +23,9 @@ def missing_compiler(device: torch.device) -> str | None:
 
 
 def compile_layers(
-    decoder: Decoder, mode: Literal["auto", "on", "off"], device: torch.device, say: Callable[[str], None]
+    decoders: Sequence[Decoder], mode: Literal["auto", "on", "off"], device: torch.device, say: Callable[[str], None]
 ) -> None:
-    """Compile each layer and the loss, in place. All layers of one kind share one compilation.
+    """Compile each layer of these decoders (or stages) and the loss, in place. All layers of one kind share one compilation.
 
     Raises:
         InputError: mode is on and there is no compiler. With auto the run says so and goes on eagerly.
@@ -40,6 +40,7 @@ def compile_layers(
         return
     # one entry per (kind of layer, computed block, training or not), and a second one when a batch ramp changes the shapes
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for layer in decoder.layers.values():
-        layer.compile()
+    for decoder in decoders:
+        for layer in decoder.layers.values():
+            layer.compile()
     LossKernels.compile()

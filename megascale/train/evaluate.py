@@ -65,7 +65,8 @@ def evaluate(run: LoadedRun, sequences: SequenceSet, count: int | None, stride: 
         sequences = SlidingWindows(
             sequences.name, split, sequences.length, sequences.attention, sequences.vocab_size, True, stride
         )
-    found = held_out_loss(run.decoder, sequences, len(sequences) if count is None else count, run.data.token_bytes, run.world)
+    stages = run.stages
+    found = held_out_loss(stages, sequences, len(sequences) if count is None else count, run.data.token_bytes, stages.mesh)
     loss, bits = found["loss"], found.get("bits_per_byte")
     return {
         "loss": loss,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -36,39 +36,53 @@ def _named(name: str, dims: int, optimizer: Optimizer) -> tuple[str, ParameterGr
     return ("scalars", ParameterGroup(pattern="*", weight_decay=0.0)) if vector else ("matrices", ParameterGroup(pattern="*"))
 
 
-def optimizer_groups(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: Optimizer) -> list[OptimizerGroup]:
+def optimizer_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], optimizer: Optimizer, everywhere: Mapping[str, int] | None = None
+) -> list[OptimizerGroup]:
     """The groups of all trained parameters, in a fixed order; frozen parameters lose requires_grad and are left out.
+
+    Args:
+        parameters: of this rank, by global name.
+        everywhere: name -> dimensions of the parameters of all ranks, so that all have the same groups (some of them empty here); none =
+            this rank has them all.
 
     Raises:
         InputError: a pattern of `optimizer.groups` matches no parameter, or everything is frozen.
     """
-    muon = optimizer.muon or Muon()
-    parameters = list(parameters)
-    for i, group in enumerate(optimizer.groups):
-        if not any(fnmatchcase(name, group.pattern) for name, _ in parameters):
-            some = ", ".join(name for name, _ in parameters[:4])
-            raise InputError(
-                f"optimizer.groups.{i}.pattern", f"{group.pattern!r} matches no parameter", f"names look like {some}, ..."
-            )
+    here = dict(parameters)
+    dims = {name: p.ndim for name, p in here.items()} if everywhere is None else everywhere
+    for i, pattern in enumerate(group.pattern for group in optimizer.groups):
+        if not any(fnmatchcase(name, pattern) for name in dims):
+            some = ", ".join(list(dims)[:4])
+            raise InputError(f"optimizer.groups.{i}.pattern", f"{pattern!r} matches no parameter", f"names look like {some}, ...")
     found: dict[str, OptimizerGroup] = {}
-    for name, parameter in parameters:
-        group_name, group = _named(name, parameter.ndim, optimizer)
-        parameter.requires_grad_(not group.frozen)
-        if group.frozen:
+    for name, ndim in dims.items():
+        group_name, settings = _named(name, ndim, optimizer)
+        if name in here:
+            here[name].requires_grad_(not settings.frozen)
+        if settings.frozen:
             continue
-        vector = parameter.ndim < 2 or ".residual." in name
-        by_muon = (
-            optimizer.name == "muon" and not vector and any(fnmatchcase(name, p) for p in MUON_PATTERNS) and "router" not in name
-        )
-        label = group_name + ("_muon" if by_muon else "_vectors" if vector and group_name.startswith("group_") else "")
-        decay = group.weight_decay
-        if decay is None:
-            decay = 0.0 if vector else muon.weight_decay if by_muon else optimizer.weight_decay
-        peak = (muon.lr if by_muon else optimizer.lr) * group.lr_scale
-        members = found.setdefault(label, OptimizerGroup(label, "muon" if by_muon else "adamw", peak, decay, {})).parameters
-        members[name] = parameter
+        group = _group(name, ndim, group_name, settings, optimizer)
+        members = found.setdefault(group.name, group).parameters
+        if name in here:
+            members[name] = here[name]
     if not found:
         raise InputError(
             "optimizer.groups", "every parameter is frozen: there is nothing to train", "leave at least one group trainable"
         )
     return list(found.values())
+
+
+def _group(name: str, ndim: int, group_name: str, settings: ParameterGroup, optimizer: Optimizer) -> OptimizerGroup:
+    """The group of one parameter, still empty."""
+    muon = optimizer.muon or Muon()
+    vector = ndim < 2 or ".residual." in name
+    by_muon = (
+        optimizer.name == "muon" and not vector and any(fnmatchcase(name, p) for p in MUON_PATTERNS) and "router" not in name
+    )
+    label = group_name + ("_muon" if by_muon else "_vectors" if vector and group_name.startswith("group_") else "")
+    decay = settings.weight_decay
+    if decay is None:
+        decay = 0.0 if vector else muon.weight_decay if by_muon else optimizer.weight_decay
+    peak = (muon.lr if by_muon else optimizer.lr) * settings.lr_scale
+    return OptimizerGroup(label, "muon" if by_muon else "adamw", peak, decay, {})

@@ -14,12 +14,14 @@ from megascale.checkpoint.load import CheckpointReader, newest_good
 from megascale.config.errors import InputError
 from megascale.config.load import load_config
 from megascale.config.resolve import resolve
-from megascale.config.schema import Config
+from megascale.config.schema import Config, Parallel
 from megascale.data.digests import value_digest
 from megascale.data.open_data import OpenData
 from megascale.data.tokenizer import separator_id
 from megascale.model.decoder import Decoder
 from megascale.parallel.device import choose_device
+from megascale.parallel.mesh import alone
+from megascale.parallel.pipeline import Stages
 from megascale.parallel.world import World
 from megascale.train.build import cast, open_run_data
 
@@ -53,6 +55,12 @@ class LoadedRun:
     separator: int | None
     starts_with_separator: bool
 
+    @property
+    def stages(self) -> Stages:
+        """The decoder as the only stage of a process that works alone, whatever layout it was trained in."""
+        config = self.config.model_copy(update={"parallel": Parallel()})
+        return Stages({0: self.decoder}, config, alone(self.world.device))
+
     def encode(self, text: str) -> list[int]:
         """Ids of a document that starts with `text`, the separator before it included where documents start with one.
 
@@ -81,7 +89,7 @@ def load_run(folder: Path, step: int | None = None, precision: Literal["fp32", "
     world = World(0, 1, choose_device(0, 1))
     with reader:
         decoder = _read_decoder(config, reader)
-    cast(decoder, precision)
+    cast(dict(decoder.named_parameters()), precision)
     decoder.to(world.device.torch).eval().requires_grad_(False)
     starts = data.train.sources[0].sequences.split.starts_with_separator
     digest = value_digest({name: record.digest for name, record in reader.manifest.files.items()})
@@ -143,6 +151,7 @@ def _read_decoder(config: Config, reader: CheckpointReader) -> Decoder:
         weights[name] = reader.read(WEIGHTS + name)
     decoder.load_state_dict(weights, strict=False, assign=True)
     if config.model.tie_embeddings:
+        assert decoder.head is not None and decoder.embedding is not None
         decoder.head.weight = decoder.embedding.weight  # assigning has given the embedding a parameter of its own
     return decoder
 

@@ -2,49 +2,76 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megascale.config.checks import check
 from megascale.config.errors import InputError
 from megascale.config.load import load_config
 from megascale.config.resolve import resolve
-from megascale.config.schema import Config
+from megascale.config.schema import Config, Guard
 from megascale.data.open_data import OpenData
 from megascale.model.accounting import parameters
 from megascale.observe.console import ConsoleSink, format_header
 from megascale.observe.sinks import FanOut, JsonlSink, Sink, next_lineage
 from megascale.observe.wandb_sink import open_wandb
-from megascale.parallel.world import World, end_world, start_world
+from megascale.parallel.agreement import Claim, facts_of
+from megascale.parallel.mesh import open_mesh
+from megascale.parallel.world import World, end_world, rank_variables, start_world
 from megascale.train.build import build, open_run_data
+from megascale.train.launcher import LauncherWatch
 from megascale.train.run_folder import open_run_folder, write_manifest
-from megascale.train.stopping import StopRequest, write_exit
+from megascale.train.stopping import EXIT_CODES, StopRequest, write_exit
 from megascale.train.trainer import Say, Trainer
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a rank finds out by itself."""
+
+    config: Config
+    data: OpenData
+    warnings: list[str]
 
 
 def train(config_file: Path, overrides: Sequence[str]) -> int:
     """Train the config, or go on where its run folder stands. Returns the process's exit code (see `stopping.EXIT_CODES`).
 
     Raises:
-        InputError: bad input; nothing has started, and no rank waits for another.
+        InputError: bad input, on this rank or another; nothing has started, and no rank waits for another.
     """
-    loaded = load_config(config_file, overrides)
-    world = start_world(loaded.config.guard.timeout_seconds)
+    launcher = LauncherWatch()
+    start = _prepare(config_file, overrides)
+    if isinstance(start, _Start):
+        world = start_world(start.config.guard.timeout_seconds, Claim(facts_of(start.config, start.data.digest)))
+    else:
+        world = start_world(Guard().timeout_seconds, Claim(failure=start))
+    assert isinstance(start, _Start), "no world starts with a rank that cannot"
     try:
-        warnings = check(loaded, world.size)
-        config, data = open_run_data(resolve(loaded.config))
-        folder = _open_folder(config, world)
+        folder = _open_folder(start.config, world)
         say = _speaker(world)
-        for warning in warnings:
+        for warning in start.warnings:
             say(f"warning: {warning}")
         if (folder / "STOP").exists():
             say(f"not starting: {folder / 'STOP'} exists; delete it to train")
             return write_exit(folder, "stop") if world.rank == 0 else 0
-        return _run(config, data, world, folder, say)
+        return _run(start.config, start.data, world, folder, say, launcher)
     finally:
         end_world(world)
+
+
+def _prepare(config_file: Path, overrides: Sequence[str]) -> _Start | Exception:
+    """What this rank would train, or why it cannot: the other ranks have to learn either."""
+    try:
+        loaded = load_config(config_file, overrides)
+        warnings = check(loaded, rank_variables(os.environ)[1])
+        return _Start(*open_run_data(resolve(loaded.config)), warnings)
+    except Exception as error:  # noqa: BLE001 - start_world raises it, after the others know
+        return error
 
 
 def _open_folder(config: Config, world: World) -> Path:
@@ -69,17 +96,17 @@ def _speaker(world: World) -> Say:
     return say
 
 
-def _run(config: Config, data: OpenData, world: World, folder: Path, say: Say) -> int:
+def _run(config: Config, data: OpenData, world: World, folder: Path, say: Say, launcher: LauncherWatch) -> int:
     metrics = folder / "metrics.jsonl"
     lineage = world.broadcast(next_lineage(metrics) if world.rank == 0 else None)
     if world.rank == 0:
         # what a reader finds if this process is killed or hangs; every ordered end writes over it
         write_exit(folder, "error", message="the run did not end by itself: it is running, was killed, or hung (see logs/)")
-    stop = StopRequest(folder / "STOP")
+    stop = StopRequest(folder / "STOP", launcher)
     sink: Sink = FanOut([])
     reason, facts = "error", {"message": ""}
     try:
-        parts = build(config, data, world, say)
+        parts = build(config, data, open_mesh(config.parallel, config.model, world), say)
         counted = parameters(config.model)
         if world.rank == 0:
             write_manifest(
@@ -95,7 +122,7 @@ def _run(config: Config, data: OpenData, world: World, folder: Path, say: Say) -
             )
         trainer = Trainer(parts, world, folder, sink, lineage, say)
         reason = trainer.run(stop)
-        facts = {"message": "", "step": str(trainer.progress.step)}
+        facts = {"message": _cause(reason, stop), "step": str(trainer.progress.step)}
     except Exception as error:
         reason = "bad_input" if isinstance(error, InputError) and error.exit_code == 2 else "error"
         facts = {"message": f"rank {world.rank}: {type(error).__name__}: {error}"}
@@ -103,9 +130,15 @@ def _run(config: Config, data: OpenData, world: World, folder: Path, say: Say) -
         raise
     finally:
         sink.close()
-        code = write_exit(folder, reason, **facts) if world.rank == 0 or reason in ("error", "bad_input") else 0
+        if world.rank == 0 or reason in ("error", "bad_input"):
+            write_exit(folder, reason, **facts)
+    world.barrier()  # a launcher ends all ranks once one leaves with a code other than 0: rank 0's sinks have to be closed by then
     say(f"{reason} at step {facts['step']}; files in {folder}")
-    return code
+    return EXIT_CODES[reason]
+
+
+def _cause(reason: str, stop: StopRequest) -> str:
+    return "" if reason == "done" else stop.cause or "another rank was asked to stop"
 
 
 def _open_sinks(config: Config, metrics: Path, lineage: int, folder: Path) -> Sink:

@@ -84,6 +84,7 @@ def generate(
         The next token of each sample; None once it has ended. Ends after `options.tokens`, or when all samples have.
     """
     assert 0 < len(prompt) <= context
+    assert decoder.embedding is not None
     device = decoder.embedding.weight.device
     cache = KeyValueCache(decoder.config, samples, min(context, len(prompt) + options.tokens), decoder.embedding.weight)
     text = torch.tensor(prompt).repeat(samples, 1)

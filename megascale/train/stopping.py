@@ -1,4 +1,4 @@
-"""Why and how a run ends: signals and the STOP file become a flag that all ranks read at the step boundary; exit.json tells the reason."""
+"""Why and how a run ends: signals, the STOP file and a dead launcher become a flag that all ranks read after each step; exit.json tells why."""
 
 from __future__ import annotations
 
@@ -9,29 +9,46 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from megascale.train.launcher import LauncherWatch
+
 EXIT_CODES = {"done": 0, "stop": 0, "error": 1, "bad_input": 2, "requeue": 85}
 """Process exit code by the reason in exit.json. Launchers may swallow codes, so job scripts read the file."""
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGUSR1 or a STOP file. The handlers only set a flag: ranks are signalled one after the other, and a handler that
-    entered a collective would wait for ranks that were not signalled yet.
+    """Set by a signal, a STOP file, or the death of the launcher.
+
+    TERM, USR1 and HUP ask for a checkpoint and a requeue, INT (Ctrl-C) for a checkpoint and the end. The first signal decides: on
+    Ctrl-C deepspeed's launcher sends TERM after the terminal's INT. The handlers only set a flag: ranks are signalled one after the
+    other, and a handler that entered a collective would wait for ranks that were not signalled yet.
     """
 
     NONE, STOP, REQUEUE = 0, 1, 2
 
-    def __init__(self, stop_file: Path):
-        self.stop_file, self.level = stop_file, self.NONE
+    launcher: LauncherWatch | None = None
+    cause = ""
+    """what asked this rank to stop; empty if nothing did"""
+
+    def __init__(self, stop_file: Path, launcher: LauncherWatch | None = None):
+        self.stop_file, self.level, self.launcher = stop_file, self.NONE, launcher
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._signalled)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(signal.SIGHUP, self._signalled)
 
     def _signalled(self, number: int, _frame: FrameType | None) -> None:
-        self.level = max(self.level, self.STOP if number == signal.SIGINT else self.REQUEUE)
+        self._ask(self.STOP if number == signal.SIGINT else self.REQUEUE, signal.Signals(number).name)
+
+    def _ask(self, level: int, cause: str) -> None:
+        if self.level == self.NONE:
+            self.level, self.cause = level, cause
 
     def poll(self, rank: int) -> int:
-        """The level on this rank; rank 0 also looks for the STOP file."""
+        """The level on this rank; rank 0 also looks for the STOP file, and every rank for its launcher."""
         if rank == 0 and self.stop_file.exists():
-            self.level = max(self.level, self.STOP)
+            self._ask(self.STOP, "STOP file")
+        if self.launcher is not None and self.launcher.gone():
+            self._ask(self.REQUEUE, "the launcher died")
         return self.level
 
 

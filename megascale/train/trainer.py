@@ -20,6 +20,7 @@ from megascale.data.prefetch import prefetch
 from megascale.model.accounting import flops_per_token, mean_visible_keys
 from megascale.observe.sinks import Sink
 from megascale.observe.throughput import peak_flops, throughput
+from megascale.parallel.mesh import DATA
 from megascale.parallel.world import World
 from megascale.train.batch_stream import StepBatch, step_batches
 from megascale.train.build import Parts
@@ -55,9 +56,7 @@ class Trainer:
 
     def __init__(self, parts: Parts, world: World, folder: Path, sink: Sink, lineage: int, say: Say):
         self.parts, self.world, self.folder, self.sink, self.lineage, self.say = parts, world, folder, sink, lineage, say
-        self.config, self.engine, self.decoder = parts.config, parts.engine, parts.decoder
-        experts = self.config.model.experts
-        self.auxiliary_weights = {"balance": experts.balance_loss, "router_z": experts.z_loss}
+        self.config, self.engine, self.stages, self.mesh = parts.config, parts.engine, parts.stages, parts.mesh
         self.peak_flops = peak_flops(world.device.name())
         self.checkpoints = folder / "checkpoints"
         self.progress = self._resume()
@@ -77,8 +76,14 @@ class Trainer:
         """Train until done or stopped; returns the reason for exit.json."""
         config, steps = self.config, self.config.schedule.steps
         profiler = StepProfiler(config.profile, self.folder / "logs", self.world.rank)
+        readers = self.mesh.along(*DATA)
         batches = step_batches(
-            self.parts.data.train, config.batch, self.progress.step + 1, steps, self.world.rank, self.world.size
+            self.parts.data.train,
+            config.batch,
+            self.progress.step + 1,
+            steps,
+            readers.index(self.world.rank),
+            len(readers),
         )
         stacks = (self.folder / "logs" / f"stacks-rank-{self.world.rank}.txt").open("a")
         with prefetch(batches) as prefetched, stacks:
@@ -91,7 +96,7 @@ class Trainer:
                 profiler.after(step)
                 if config.validation.every and (step % config.validation.every == 0 or step == steps):
                     self._watch(stacks)
-                    record |= validate(self.decoder, self.parts.data, config, self.world)
+                    record |= validate(self.stages, self.parts.data, config, self.mesh)
                 self.sink.write(record)
                 level = self._agreed(stop.poll(self.world.rank))
                 self._watch(stacks)
@@ -119,13 +124,13 @@ class Trainer:
         started = time.perf_counter()
         batch: StepBatch = next(batches)
         data_seconds = time.perf_counter() - started
-        counts = self.world.sum(self._counts(batch.micro_batches))
+        counts = self.mesh.sum(self._counts(batch.micro_batches), *DATA)
         loss_tokens, (positions, all_tokens) = counts[:-2], counts[-2:].tolist()
         step_tokens = int(loss_tokens.sum())
         tally = self._gradients(batch, (loss_tokens / step_tokens).tolist(), step_tokens)
         norm = self.engine.gradient_norm()
         finite = self._update(norm, lr_scale(batch.step, self.config.schedule))
-        metrics = tally.record(self.world)
+        metrics = tally.record()
         self.world.device.synchronize()
         seconds = time.perf_counter() - started
 
@@ -163,17 +168,9 @@ class Trainer:
 
     def _gradients(self, batch: StepBatch, shares: list[float], step_tokens: int) -> Tally:
         """Forward and backward of all micro-batches. The token losses are divided by the step's count, known before the first backward."""
-        device, experts = self.world.device.torch, self.config.model.experts
-        scale = torch.full((), 1 / step_tokens, device=device)
-        tally = Tally(self.config.model.streams.count, self.auxiliary_weights, experts.scope == "global")
-        for i, (micro, share) in enumerate(zip(batch.micro_batches, shares, strict=True)):
-            here = micro.to(device)
-            losses = self.decoder.losses(here.tokens, here.positions, here.documents, here.labels, scale)
-            loss = losses.lm
-            for name, value in losses.auxiliary.items():
-                loss = loss + value * (self.auxiliary_weights[name] * share)
-            tally.add(losses, share)
-            self.engine.backward(loss, last=i == len(shares) - 1)
+        scale = torch.full((), 1 / step_tokens, device=self.world.device.torch)
+        tally = Tally(self.config.model, self.mesh, self.stages.weights)
+        self.stages.gradients(batch.micro_batches, shares, scale, self.engine, tally.add)
         return tally
 
     def _update(self, norm: float, scale: float) -> bool:

@@ -11,32 +11,38 @@ from torch import Tensor
 from megascale.config.schema import Config
 from megascale.data.batches import SequenceSet
 from megascale.data.open_data import OpenData
-from megascale.model.decoder import Decoder
 from megascale.model.loss import IGNORED
 from megascale.model.residual import AltUpResidual
-from megascale.parallel.world import World
+from megascale.parallel.mesh import DATA, Mesh
+from megascale.parallel.pipeline import Stages
 
 BATCH = 16
 """Sequences of one forward pass. Rows are independent, so it does not change the result."""
 
 
-@torch.no_grad()
 def held_out_loss(
-    decoder: Decoder, sequences: SequenceSet, count: int, token_bytes: np.ndarray | None, world: World
+    stages: Stages, sequences: SequenceSet, count: int, token_bytes: np.ndarray | None, mesh: Mesh
 ) -> dict[str, float]:
-    """loss (nats per token), bits_per_byte where the tokenizer is known, tokens, of the first `count` sequences, shared by the ranks."""
+    """loss (nats per token), bits_per_byte where the tokenizer is known, tokens, of the first `count` sequences, shared by the ranks.
+
+    All ranks run the same number of batches, because those of expert-parallel ranks exchange tokens; who has no sequences left repeats the
+    first one and does not count it.
+    """
     count = min(count, len(sequences))
     sums = torch.zeros(3, dtype=torch.float64)
-    device = world.device.torch
-    one = torch.ones((), device=device)
-    for start in range(world.rank * BATCH, count, world.size * BATCH):
-        batch = sequences.sequences(range(start, min(start + BATCH, count)))
-        here = batch.to(device)
-        losses = decoder.losses(here.tokens, here.positions, here.documents, here.labels, one)
-        labels = batch.labels[batch.labels != IGNORED]
-        text = int(token_bytes[labels.numpy()].sum()) if token_bytes is not None else 0
-        sums += torch.tensor([float(losses.token_losses.double().sum()), labels.numel(), text], dtype=torch.float64)
-    nats, tokens, text = world.sum(sums).tolist()
+    readers = mesh.along(*DATA)
+    counts_here = stages.is_last and mesh.place["tp"] == 0
+    for first in range(0, count, len(readers) * BATCH):
+        start = first + readers.index(mesh.world.rank) * BATCH
+        share = range(start, min(start + BATCH, count))
+        batch = sequences.sequences(share if share else range(1))
+        token_losses = stages.evaluate(batch)
+        if share and counts_here:
+            assert token_losses is not None
+            labels = batch.labels[batch.labels != IGNORED]
+            text = int(token_bytes[labels.numpy()].sum()) if token_bytes is not None else 0
+            sums += torch.tensor([float(token_losses.double().sum()), labels.numel(), text], dtype=torch.float64)
+    nats, tokens, text = mesh.world.sum(sums).tolist()
     result = {"loss": nats / tokens, "tokens": tokens}
     if text:
         result["bits_per_byte"] = nats / math.log(2) / text
@@ -44,29 +50,37 @@ def held_out_loss(
 
 
 @torch.no_grad()
-def block_divergence(decoder: Decoder, sequences: SequenceSet, device: torch.device) -> dict[str, float]:
+def block_divergence(stages: Stages, sequences: SequenceSet, layers: int, mesh: Mesh) -> dict[str, float]:
     """AltUp's health on one held-out sequence: per layer, |x_i - mean| / |mean| over the K blocks; and the mean correction gain."""
-    batch = sequences.sequences(range(1)).to(device)
-    metrics: dict[str, float] = {}
+    # by layer: squares of the difference and of the mean, sum and number of the gains; every rank adds its part
+    sums = torch.zeros(layers, 4, dtype=torch.float64)
 
     def watch(name: str, state: Tensor) -> None:
         wide = state.float()
         mean = wide.mean(2, keepdim=True)
-        metrics[f"altup/layer_{int(name):02d}/divergence"] = float((wide - mean).norm() / mean.norm() / wide.shape[2] ** 0.5)
+        sums[int(name), 0] = float((wide - mean).square().sum()) / wide.shape[2]
+        sums[int(name), 1] = float(mean.square().sum())
 
-    decoder.hidden(batch.tokens, batch.positions, batch.documents, watch=watch)
-    gains = torch.stack([1 + module.correct for module in decoder.modules() if isinstance(module, AltUpResidual)])
-    return metrics | {"altup/gain": float(gains.mean())}
+    stages.evaluate(sequences.sequences(range(1)), watch)
+    for decoder in stages.modules():
+        for name, layer in decoder.layers.items():
+            if isinstance(layer.residual, AltUpResidual):
+                gains = 1 + layer.residual.correct
+                sums[int(name), 2], sums[int(name), 3] = float(gains.sum()), gains.numel()
+    difference, mean, gain, number = mesh.world.sum(sums).T
+    divergence = (difference / mean).sqrt().tolist()
+    metrics = {f"altup/layer_{layer:02d}/divergence": value for layer, value in enumerate(divergence)}
+    return metrics | {"altup/gain": float(gain.sum() / number.sum())}
 
 
-def validate(decoder: Decoder, data: OpenData, config: Config, world: World) -> dict[str, float]:
+def validate(stages: Stages, data: OpenData, config: Config, mesh: Mesh) -> dict[str, float]:
     """The val/* metrics of all sources and, with K > 1, AltUp's."""
     metrics: dict[str, float] = {}
-    decoder.eval()
+    stages.train(False)
     for name, sequences in data.validation.items():
-        result = held_out_loss(decoder, sequences, config.validation.sequences, data.token_bytes, world)
+        result = held_out_loss(stages, sequences, config.validation.sequences, data.token_bytes, mesh)
         metrics |= {f"val/{name}/{key}": value for key, value in result.items() if key != "tokens"}
     if config.model.altup.blocks > 1 and data.validation:
-        metrics |= block_divergence(decoder, next(iter(data.validation.values())), world.device.torch)
-    decoder.train()
+        metrics |= block_divergence(stages, next(iter(data.validation.values())), config.model.layers, mesh)
+    stages.train(True)
     return metrics

@@ -5,15 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megascale.config.checks import check
 from megascale.config.errors import InputError
 from megascale.config.inactive import inactive
-from megascale.config.layout import data_parallel_ranks
 from megascale.config.load import LoadedConfig, load_config
-from megascale.config.schema import Batch, Config, Parallel
+from megascale.config.schema import Config
 
 
 def load(folder: Path, text: str, *overrides: str) -> LoadedConfig:
@@ -59,9 +56,6 @@ def test_the_defaults_are_fine() -> None:
         ),
         ("batch: {sequences: 4, micro_batches: 8}", "the nearest that works is 8"),
         ("batch: {micro_batches: 4, ramp: [{steps: 9, sequences: 6}]}", "batch.ramp.0.sequences: 6 sequences / 4 micro-batches"),
-        ("parallel: {dp: 3}", "16 sequences / 1 micro-batches / dp 3 = 5.33 per rank"),
-        ("parallel: {tp: 2}", "parallel.tp: tp 2 is not available in this version: only dp is"),
-        ("parallel: {ep: 2}", "parallel.ep: ep 2 is not available"),
         ("profile: {steps: [5, 4]}", "expected [first, last] with 1 <= first <= last"),
         ("profile: {steps: [0, 4]}", "expected [first, last] with 1 <= first <= last"),
         ("profile: {steps: [5, 1001]}", "step 1001 is beyond the last step 1000"),
@@ -117,42 +111,11 @@ def test_settings_without_effect_exist() -> None:
 
 
 def test_all_problems_come_at_once_each_at_the_line_that_caused_it(tmp_path: Path) -> None:
-    text = refusal(tmp_path, "schedule:\n  steps: 50\nmodel:\n  heads: 3\nparallel:\n  pp: 2\n")
+    text = refusal(tmp_path, "schedule:\n  steps: 50\nmodel:\n  heads: 3\nparallel:\n  stream: 2\n")
     assert "3 problems" in text
     assert "a.yaml:2: schedule.steps" in text
     assert "a.yaml:4: model.heads" in text
-    assert "a.yaml:6: parallel.pp" in text
-
-
-def test_the_world_must_be_the_product_of_the_axes(tmp_path: Path) -> None:
-    text = refusal(tmp_path, "batch: {sequences: 12}\nparallel: {dp: 3, pp: 2, tp: 2}", world=8)
-    assert "world 8 != pp 2 x dp 3 x stream 1 x cp 1 x tp 2 (= 12); dp 2 works" in text
-    assert "pp 2 is not available" in text
-    text = refusal(tmp_path, "parallel: {tp: 3}", world=8)
-    assert "world 8 is not a multiple of pp 1 x stream 1 x cp 1 x tp 3 (= 3), so no dp fits; the nearest world is 6 or 9" in text
-
-
-def test_a_world_that_cannot_share_the_batch_is_refused(tmp_path: Path) -> None:
-    text = refusal(tmp_path, "batch: {sequences: 16, micro_batches: 2}", world=3)
-    assert "16 sequences / 2 micro-batches / dp 3 = 2.67 per rank, not a whole number; the nearest that works is 12 or 18" in text
-    assert check(load(tmp_path, "batch: {sequences: 16, micro_batches: 2}"), world=8) == []
-
-
-@given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 16))
-def test_exactly_the_batches_that_divide_are_accepted(sequences: int, micro_batches: int, world: int) -> None:
-    loaded = LoadedConfig(Config(batch=Batch(sequences=sequences, micro_batches=micro_batches)))
-    if sequences % (micro_batches * world) == 0:
-        check(loaded, world)
-    else:
-        with pytest.raises(InputError):
-            check(loaded, world)
-
-
-@given(st.integers(1, 16), st.integers(1, 16))
-def test_dp_follows_from_the_world(dp: int, world: int) -> None:
-    assert data_parallel_ranks(Parallel(), world) == world
-    assert data_parallel_ranks(Parallel(dp=dp), world) == dp
-    assert data_parallel_ranks(Parallel(), None) is None
+    assert "a.yaml:6: parallel.stream" in text
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,12 @@ from megascale.config.resolve import resolve
 from megascale.config.schema import BatchStage, Config, Experts, Model, Node, Schedule, Source
 from megascale.config.write import difference, digest, dump
 
+SCALARS = st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text(max_size=8)
+PLAIN = st.recursive(
+    SCALARS, lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text(max_size=8), below, max_size=3), max_leaves=6
+)
+"""What a section without a schema may hold."""
+
 
 def values(annotation: Any, limits: dict[str, float]) -> st.SearchStrategy[Any]:
     """Anything that a field of the schema takes."""
@@ -39,6 +45,8 @@ def values(annotation: Any, limits: dict[str, float]) -> st.SearchStrategy[Any]:
         first, *rest = get_args(annotation)
         length = (int(limits.get("min_length", 0)), 3) if rest == [Ellipsis] else (2, 2)
         return st.lists(values(first, {}), min_size=length[0], max_size=length[1]).map(tuple)
+    if get_origin(annotation) is dict:
+        return st.dictionaries(st.text(max_size=8), PLAIN, max_size=3)
     assert issubclass(annotation, Node)
     return nodes(annotation)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from megascale.config.load import load_config
 from megascale.config.resolve import resolve
-from megascale.config.schema import Config, Model, Streams
+from megascale.config.schema import Model
+from megascale.config.size import routed_layers
 from megascale.kernels.attention import attention_reference
 from megascale.kernels.grouped import grouped_linear_reference
 from megascale.model import attention, routing
 from megascale.model.accounting import flops_per_token, mean_visible_keys, parameters
-from megascale.model.decoder import Decoder
+from megascale.model.decoder import Decoder, is_routed
 from tiny import packed_batch, tiny_decoder, tiny_model
 
 models = st.builds(
@@ -63,7 +66,8 @@ def test_parameters_are_those_of_the_module_part_by_part(model: Model) -> None:
     assert counted.non_embedding == counted.total - counted.embedding - counted.head
 
 
-HIDDEN_AND_FFN = {896: 4864, 1024: 5504, 1280: 6912, 1536: 8320, 2048: 11008, 2560: 13824}
+SHIPPED = Path(__file__).parents[2] / "configs" / "models"
+PARSCALE = ("0.5b", "0.7b", "1.1b", "1.6b", "2.8b", "4.4b")
 PUBLISHED = {
     1: (535813376, 693753856, 1088376320, 1571472384, 2774773760, 4353203200),
     2: (538195842, 696738818, 1092762882, 1577522690, 2784937986, 4368529922),
@@ -73,21 +77,49 @@ PUBLISHED = {
 """Non-embedding parameters by P (arXiv 2505.10475, parametric_fit.py of its repository)."""
 
 
+@given(model=models, offset=st.integers(0, 5))
+def test_the_checks_count_the_same_routed_layers_as_the_model(model: Model, offset: int) -> None:
+    model = model.model_copy(update={"experts": model.experts.model_copy(update={"offset": offset % model.experts.every})})
+    assert list(routed_layers(model)) == [layer for layer in range(model.layers) if is_routed(layer, model)]
+
+
+def shipped(name: str, *overrides: str) -> Model:
+    return resolve(load_config(SHIPPED / f"{name}.yaml", overrides).config).model
+
+
 @pytest.mark.parametrize("streams", PUBLISHED)
 def test_the_published_counts_of_parscale(streams: int) -> None:
-    for (width, ffn_width), published in zip(HIDDEN_AND_FFN.items(), PUBLISHED[streams], strict=True):
-        model = Model(
-            vocab_size=151936,
-            width=width,
-            layers=36,
-            heads=16,
-            kv_heads=2,
-            ffn_width=ffn_width,
-            qkv_bias=True,
-            tie_embeddings=True,
-            streams=Streams(count=streams, prefix_tokens=48),
-        )
-        assert parameters(resolve(Config(model=model)).model).non_embedding == published
+    for size, published in zip(PARSCALE, PUBLISHED[streams], strict=True):
+        model = shipped(f"parscale_{size}", f"model.streams.count={streams}")
+        assert parameters(model).non_embedding == published
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("llama_3.2_1b", 1235814400), ("llama_3.1_8b", 8030261248), ("qwen3_30b_a3b", 30532122624)],
+)
+def test_the_published_counts_of_models_whose_architecture_is_ours(name: str, published: int) -> None:
+    assert parameters(shipped(name)).total == published
+
+
+@pytest.mark.parametrize(
+    ("size", "published"),
+    [("15m", 16527360), ("25m", 27279360), ("55m", 57369600), ("130m", 132163584), ("370m", 368123904), ("1.3b", 1308819456)],
+)
+def test_the_sizes_of_the_routed_laws_are_met_to_about_one_percent(size: str, published: int) -> None:
+    """dense_parameter_count of arXiv 2202.01169, whose blocks differ from ours."""
+    assert parameters(shipped(f"clark_{size}")).non_embedding == pytest.approx(published, rel=0.012)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(SHIPPED.glob("*.yaml")) if path.stem != "quickstart"])
+def test_the_header_of_a_shipped_model_states_its_counts(name: str) -> None:
+    model = shipped(name)
+    counted, experts = parameters(model), model.experts
+    idle = (experts.count - experts.per_token) * 3 * model.width * (experts.width or 0)
+    active = counted.total - sum(is_routed(layer, model) for layer in range(model.layers)) * idle
+    header = " ".join(line.removeprefix("# ") for line in (SHIPPED / f"{name}.yaml").read_text().splitlines() if line[0] == "#")
+    assert f"{counted.total:,}" in header
+    assert (f"{active:,} active" if active < counted.total else "all active") in header
 
 
 @pytest.fixture
@@ -112,7 +144,9 @@ def test_flops_are_the_counted_matrix_products(settings: dict[str, Any]) -> None
     """One document of S tokens; the counter sees all S keys of every query."""
     decoder, batch = tiny_decoder(tiny_model(**settings)), packed_batch([[24]])
     with FlopCounterMode(display=False) as counter:
-        batch.losses(decoder).lm.backward()
+        loss = batch.losses(decoder).lm
+        assert loss is not None
+        loss.backward()
     assert counter.get_total_flops() == 24 * flops_per_token(decoder.config, 24)
 
 
@@ -120,7 +154,9 @@ def test_flops_are_the_counted_matrix_products(settings: dict[str, Any]) -> None
 def test_flops_with_streams_count_prefixes_and_aggregator() -> None:
     decoder, batch = tiny_decoder(tiny_model(streams={"count": 3, "prefix_tokens": 5})), packed_batch([[24]])
     with FlopCounterMode(display=False) as counter:
-        batch.losses(decoder).lm.backward()
+        loss = batch.losses(decoder).lm
+        assert loss is not None
+        loss.backward()
     assert counter.get_total_flops() == 24 * flops_per_token(decoder.config, 24)
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megascale.model.initialize import ROWS, generator, initial_std, normal_rows
+from megascale.model.initialize import ROWS, generator, initial_std, normal_rectangle
 from tiny import tiny_decoder, tiny_model
 
 EVERYTHING = {
@@ -22,22 +22,28 @@ EVERYTHING = {
 
 @settings(max_examples=30)
 @given(rows=st.integers(1, 3 * ROWS), cut=st.tuples(st.floats(0, 1), st.floats(0, 1)), matrix=st.booleans())
-def test_any_row_range_is_the_slice_of_the_whole(rows: int, cut: tuple[float, float], matrix: bool) -> None:
-    shape = torch.Size([rows, 3]) if matrix else torch.Size([min(rows, 9), 2, 3])
+def test_any_rectangle_is_the_slice_of_the_whole(rows: int, cut: tuple[float, float], matrix: bool) -> None:
+    shape = (rows, 3) if matrix else (min(rows, 9), 2, 3)
     start, stop = sorted(int(x * (shape[0] - 1)) for x in cut)
-    whole = normal_rows(7, "name", shape, 0.02)
+    whole = normal(7, "name", shape, 0.02)
     assert whole.shape == shape
-    assert torch.equal(normal_rows(7, "name", shape, 0.02, start, stop + 1), whole[start : stop + 1])
+    sizes = (stop + 1 - start, *shape[1:-1], 2)
+    part = normal_rectangle(7, "name", shape, 0.02, (start, *(0,) * (len(shape) - 2), 1), sizes)
+    assert torch.equal(part, whole[start : stop + 1, ..., 1:])
+
+
+def normal(seed: int, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
+    return normal_rectangle(seed, name, shape, std, (0,) * len(shape), shape)
 
 
 def test_weights_depend_on_seed_and_name_alone() -> None:
-    shape = torch.Size([4, 5])
+    shape = (4, 5)
     torch.manual_seed(1)
-    first = normal_rows(1, "a", shape, 1.0)
+    first = normal(1, "a", shape, 1.0)
     torch.manual_seed(2)
-    assert torch.equal(normal_rows(1, "a", shape, 1.0), first)
-    assert not torch.equal(normal_rows(2, "a", shape, 1.0), first)
-    assert not torch.equal(normal_rows(1, "b", shape, 1.0), first)
+    assert torch.equal(normal(1, "a", shape, 1.0), first)
+    assert not torch.equal(normal(2, "a", shape, 1.0), first)
+    assert not torch.equal(normal(1, "b", shape, 1.0), first)
 
 
 def test_generators_of_different_keys_differ() -> None:

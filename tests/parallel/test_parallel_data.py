@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from megascale.checkpoint.load import CheckpointReader
-from megascale.config.schema import Config
+from megascale.config.schema import Config, Parallel
 from megascale.parallel.apply import apply
+from megascale.parallel.mesh import open_mesh
 from megascale.train.build import Parts
 from ranks import RankPool
 from runs import ALL_AXES, Run, losses, one_process, tiny_config
@@ -24,7 +25,7 @@ SGD_LIKE = ("optimizer={lr: 100, eps: 1000, betas: [0, 0], weight_decay: 0, clip
 
 def spoil(parts: Parts) -> None:
     """What a wrong reduction would do: one tensor's gradient 1 % too large on one rank."""
-    if parts.engine.world.rank == parts.engine.world.size - 1:
+    if parts.mesh.world.rank == parts.mesh.world.size - 1:
         parts.engine.parameters[SPOILED].register_hook(lambda gradient: gradient * 1.01)
 
 
@@ -88,7 +89,7 @@ def counts_of_a_share(rank: int, size: int, scope: str) -> dict[str, torch.Tenso
     """The routers' report of this rank's texts of one micro-batch; losses summed over ranks."""
     model = tiny_model(streams={"count": 2, "prefix_tokens": 4}, experts={"count": 4, "per_token": 2, "scope": scope})
     decoder, batch = tiny_decoder(model, spread=0.1), packed_batch([[7, 5], [12], [3, 9], [6, 6]])
-    apply(decoder, Config(model=model), one_process(rank, size))
+    apply(decoder, model, open_mesh(Parallel(), model, one_process(rank, size)))
     share = slice(rank * 4 // size, (rank + 1) * 4 // size)
     _, _, reports = decoder.hidden(*(x[share] for x in batch.inputs))
     world = one_process(rank, size)

@@ -21,7 +21,7 @@ NO_CLIP = "optimizer.clip=null"
 
 def straightforward(config: Config, parts: Parts) -> tuple[dict[str, torch.Tensor], list[float]]:
     """The same training by hand: mean loss, autograd, clip_grad_norm_, torch.optim.AdamW. Weights and gradient norms."""
-    decoder, norms = copy.deepcopy(parts.decoder), []
+    decoder, norms = copy.deepcopy(parts.stages.modules()[0]), []
     own = dict(decoder.named_parameters())
     for parameter in own.values():
         parameter.grad = None
@@ -69,13 +69,14 @@ def test_micro_batches_sum_up_to_the_whole_batch(tmp_path: Path, tiny_corpus: Pa
 
 def test_clipping_bounds_the_gradient_that_the_optimizer_sees(tmp_path: Path, tiny_corpus: Path) -> None:
     engine = build_parts(tiny_config(tmp_path, tiny_corpus, "optimizer.clip=0.25")).engine
+    (flat,) = engine.flats.values()
     seen: list[float] = []
-    engine.optimizers[0].register_step_pre_hook(lambda *_: seen.append(engine.flat.norm().item()))
+    engine.optimizers[0].register_step_pre_hook(lambda *_: seen.append(flat.norm().item()))
     for size in (4.0, 0.125):
-        engine.flat.fill_(size / engine.flat.numel() ** 0.5)
+        flat.fill_(size / flat.numel() ** 0.5)
         assert engine.gradient_norm() == pytest.approx(size, rel=1e-4)
         engine.step(1.0)
-        assert not engine.flat.any()
+        assert not flat.any()
     assert seen == pytest.approx([0.25, 0.125], rel=1e-4)
 
 

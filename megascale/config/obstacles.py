@@ -1,0 +1,85 @@
+"""Why a number of ranks along one axis cannot work with the other settings, one reason a text; no reason = it works."""
+
+from __future__ import annotations
+
+from megascale.config.resolve import feed_forward_width
+from megascale.config.schema import Config, Parallel
+from megascale.config.size import routed_layers
+
+
+def tensor_obstacles(config: Config, tp: int) -> list[str]:
+    """Reasons against tp tensor-parallel ranks: heads, widths and tokens must be shared evenly."""
+    if tp == 1:
+        return []
+    model, experts = config.model, config.model.experts
+    kv_heads, ffn_width = model.kv_heads or model.heads, feed_forward_width(model)
+    shared = {"model.heads": model.heads, "data.sequence_length": config.data.sequence_length}
+    routed = len(routed_layers(model))
+    if routed < model.layers:
+        shared["model.ffn_width"] = ffn_width
+    if routed and experts.shared:
+        shared["model.experts.shared x width"] = experts.shared * (experts.width or ffn_width)
+    uneven = [f"{name} {size}" for name, size in shared.items() if size % tp]
+    reasons = [f"does not divide {', '.join(uneven)}"] if uneven else []
+    if kv_heads != model.heads and kv_heads % tp and tp % kv_heads:
+        reasons.append(f"neither divides model.kv_heads {kv_heads} nor is a multiple of it")
+    if config.optimizer.name == "muon":
+        reasons.append("would cut the matrices, which Muon needs whole (optimizer.name)")
+    return reasons
+
+
+def pipeline_obstacles(config: Config, pp: int) -> list[str]:
+    """Reasons against pp pipeline ranks: every stage needs a layer, and the schedule enough micro-batches."""
+    if pp == 1:
+        return []
+    parallel, micro_batches, layers = config.parallel, config.batch.micro_batches, config.model.layers
+    virtual_stages = parallel.virtual_stages if parallel.schedule == "interleaved" else 1
+    reasons = []
+    if pp * virtual_stages > layers:
+        times = f"x virtual_stages {virtual_stages} = {pp * virtual_stages} stages " if virtual_stages > 1 else ""
+        reasons.append(f"{times}is more than the {layers} layers (model.layers)")
+    if not schedule_fits(parallel, pp, micro_batches):
+        reasons.append(_unfit(parallel, pp, micro_batches))
+    if parallel.zero_stage == 3:
+        reasons.append("is not possible with parallel.zero_stage 3")
+    return reasons
+
+
+def schedule_fits(parallel: Parallel, pp: int, micro_batches: int) -> bool:
+    """Whether torch's pipeline schedules take this many micro-batches.
+
+    Schedule1F1B wants one a stage at least. ScheduleInterleaved1F1B cuts them into max(1, micro-batches // pp) rounds of equal size.
+    """
+    if parallel.schedule == "1f1b":
+        return micro_batches >= pp
+    return micro_batches % max(1, micro_batches // pp) == 0
+
+
+def _unfit(parallel: Parallel, pp: int, micro_batches: int) -> str:
+    if parallel.schedule == "1f1b":
+        return f"needs batch.micro_batches of at least {pp}, given {micro_batches}"
+    rounds = micro_batches // pp
+    return f"interleaves in {rounds} rounds (micro_batches // pp), which do not divide batch.micro_batches {micro_batches}"
+
+
+def expert_obstacles(config: Config, ep: int, stage_ranks: int | None) -> list[str]:
+    """Reasons against ep expert-parallel ranks: experts, and the ranks of a stage, must be shared evenly.
+
+    Args:
+        config: the tree.
+        ep: expert-parallel ranks.
+        stage_ranks: dp x stream x cp x tp; none = not known.
+    """
+    if ep == 1:
+        return []
+    reasons = []
+    count = config.model.experts.count
+    if count == 1:
+        reasons.append("has no experts to spread (model.experts.count is 1)")
+    elif count % ep:
+        reasons.append(f"does not divide model.experts.count {count}")
+    if stage_ranks is not None and stage_ranks % ep:
+        reasons.append(f"does not divide the {stage_ranks} ranks of a pipeline stage (dp x stream x cp x tp)")
+    if config.parallel.zero_stage == 3:
+        reasons.append("is not possible with parallel.zero_stage 3")
+    return reasons

@@ -1,0 +1,176 @@
+"""A step's micro-batches through this rank's stages: one after the other, or by a pipeline schedule of torch.distributed.pipelining.
+
+T tokens of a micro-batch on this rank, P streams, K blocks, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B
+
+from megascale.config.layout import stage_count
+from megascale.config.schema import Config
+from megascale.data.batches import MicroBatch
+from megascale.model.decoder import Decoder, Losses
+from megascale.parallel.engine import Engine
+from megascale.parallel.mesh import Mesh
+
+Observe = Callable[[Losses, float], None]
+"""Sees the losses of a micro-batch on a stage, and the micro-batch's share of the step's loss tokens."""
+Watch = Callable[[str, Tensor], None]
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.ones_like(ctx.saved_tensors[0])
+
+
+def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
+    """x, whose backward pass also differentiates `loss`: how a stage that is not the last adds its routers' losses."""
+    return _AttachLoss.apply(x, loss)
+
+
+class _Step:
+    """What the stages need to know of the step under way."""
+
+    def __init__(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        shares: Sequence[float],
+        scale: Tensor,
+        weights: Mapping[str, float],
+        observe: Observe,
+    ):
+        self.micro_batches, self.shares, self.scale, self.weights, self.observe = micro_batches, shares, scale, weights, observe
+
+    def advance(self, decoder: Decoder, state: Tensor | None, number: int) -> Tensor:
+        """One micro-batch through one stage: its state, or the loss [1] behind the last stage; both carry the routers' losses."""
+        micro, share = self.micro_batches[number].to(self.scale.device), self.shares[number]
+        state, losses = decoder.advance(state, micro.tokens, micro.positions, micro.documents, micro.labels, self.scale)
+        self.observe(losses, share)
+        auxiliary = [value * (self.weights[name] * share) for name, value in losses.auxiliary.items()]
+        if losses.lm is not None:
+            return sum(auxiliary, losses.lm).reshape(1)
+        return attach_loss(state, torch.stack(auxiliary).sum()) if auxiliary else state
+
+
+def _the_loss(loss: Tensor, _target: Tensor) -> Tensor:
+    """What torch's schedules ask for a loss function: the last stage has computed it already."""
+    return loss
+
+
+class _StageModule(nn.Module):
+    """A stage as torch's schedules call it: the number of the micro-batch comes as a tensor, the tokens are read here."""
+
+    def __init__(self, decoder: Decoder, stages: Stages):
+        super().__init__()
+        self.decoder, self.stages = decoder, stages
+
+    def forward(self, state: Tensor, number: Tensor) -> Tensor:
+        assert self.stages.step is not None
+        first = self.decoder.embedding is not None
+        return self.stages.step.advance(self.decoder, None if first else state, int(number))
+
+
+class Stages:
+    """The decoder parts of this rank, by stage, and how micro-batches pass through them."""
+
+    def __init__(self, decoders: Mapping[int, Decoder], config: Config, mesh: Mesh):
+        self.decoders, self.config, self.mesh = decoders, config, mesh
+        self.count = stage_count(config.parallel)
+        experts = config.model.experts
+        self.weights = {"balance": experts.balance_loss, "router_z": experts.z_loss}
+        self.step: _Step | None = None
+        self.schedules: dict[tuple[int, int], Schedule1F1B | ScheduleInterleaved1F1B] = {}
+
+    def modules(self) -> list[Decoder]:
+        """The parts, first stage first."""
+        return list(self.decoders.values())
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the last stage is on this rank."""
+        return self.count - 1 in self.decoders
+
+    def gradients(
+        self, micro_batches: Sequence[MicroBatch], shares: Sequence[float], scale: Tensor, engine: Engine, observe: Observe
+    ) -> None:
+        """Forward and backward of all micro-batches of a step.
+
+        Args:
+            shares: of the step's loss tokens, by micro-batch; they weigh the routers' losses.
+            scale: one over the step's loss tokens.
+            observe: called once for each micro-batch and stage here.
+        """
+        step = _Step(micro_batches, shares, scale, self.weights, observe)
+        engine.begin()
+        if self.mesh.size("pp") == 1:
+            (decoder,) = self.modules()
+            for number in range(len(micro_batches)):
+                engine.backward(step.advance(decoder, None, number), last=number == len(micro_batches) - 1)
+            return
+        self.step = step
+        numbers = torch.arange(len(micro_batches))
+        # the state argument is read by later stages alone, and those get it from the stage before
+        schedule = self._schedule(len(micro_batches), micro_batches[0].tokens.numel())
+        schedule.step(numbers, number=numbers, target=numbers, return_outputs=False)
+        self.step = None
+
+    def _schedule(self, micro_batches: int, tokens: int) -> Schedule1F1B | ScheduleInterleaved1F1B:
+        key = (micro_batches, tokens)
+        if key not in self.schedules:
+            self.schedules.clear()  # they hold receive buffers: one size at a time
+            stages: list[Any] = [self._stage(stage, decoder, tokens) for stage, decoder in self.decoders.items()]
+            if self.config.parallel.schedule == "interleaved":
+                self.schedules[key] = ScheduleInterleaved1F1B(stages, micro_batches, _the_loss, scale_grads=False)
+            else:
+                self.schedules[key] = Schedule1F1B(stages[0], micro_batches, _the_loss, scale_grads=False)
+        return self.schedules[key]
+
+    def _stage(self, stage: int, decoder: Decoder, tokens: int) -> PipelineStage:
+        state = self._empty_state(tokens, "meta").requires_grad_()
+        # shapes are told, not found out: torch would run the model once more for that
+        before = torch.zeros(1, dtype=torch.int64, device="meta") if stage == 0 else state
+        after = torch.zeros(1, device="meta", requires_grad=True) if stage == self.count - 1 else state
+        device, group = self.mesh.world.device.torch, self.mesh.group(self.mesh.along("pp"))
+        return PipelineStage(_StageModule(decoder, self), stage, self.count, device, before, after, group=group)
+
+    def _empty_state(self, tokens: int, device: torch.device | str) -> Tensor:
+        model, dtype = self.config.model, torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        shape = (tokens // self.mesh.size("tp"), model.streams.count, model.altup.blocks, model.width)
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def evaluate(self, batch: MicroBatch, watch: Watch | None = None) -> Tensor | None:
+        """The token losses [tokens of the batch] on the ranks of the last stage; none on the others. `watch` sees the layers here."""
+        device = self.mesh.world.device.torch
+        here, one = batch.to(device), torch.ones((), device=device)
+        pipeline = self.mesh.along("pp")
+        token_losses = None
+        for stage, decoder in self.decoders.items():
+            state = None
+            if stage > 0:
+                state = self._empty_state(batch.tokens.numel(), device)
+                dist.recv(state, pipeline[(stage - 1) % len(pipeline)], self.mesh.group(pipeline))
+            state, losses = decoder.advance(state, here.tokens, here.positions, here.documents, here.labels, one, watch)
+            if losses.token_losses is None:
+                dist.send(state.contiguous(), pipeline[(stage + 1) % len(pipeline)], self.mesh.group(pipeline))
+            token_losses = losses.token_losses
+        return token_losses
+
+    def train(self, mode: bool) -> None:
+        """Training or evaluation mode of all parts."""
+        for decoder in self.modules():
+            decoder.train(mode)
