@@ -1,6 +1,7 @@
 """Trains one tiny run in any layout and compares it with one process: the ground of the layout tests.
 
-The rule: losses and gradient norms within 1e-5 (fp32), each weight within a thousandth of the way that it went.
+The rule: losses and gradient norms within 1e-5 (fp32), each weight within a thousandth of the way that it went, all other reproducible
+metrics within 1e-3.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from megascale.checkpoint.load import CheckpointReader
 from megascale.config.schema import Config
+from megascale.observe.metrics import Record
 from megascale.train.build import Parts
 from ranks import RankPool
 from runs import ALL_AXES, Run, losses, one_process, tiny_config
@@ -26,9 +28,10 @@ SPOILED = "layers.1.attention.v.weight"
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves: loss and gradient norm of every step, and the saved weights by name, at the start and at the end."""
+    """What a run leaves: loss and gradient norm of every step, its records, and the saved weights by name, at the start and at the end."""
 
     curve: list[list[float]]
+    records: list[Record]
     start: dict[str, torch.Tensor]
     end: dict[str, torch.Tensor]
 
@@ -40,41 +43,66 @@ def spoil(parts: Parts) -> None:
         parameter.register_hook(lambda gradient: gradient * 1.01)
 
 
-def train_on_rank(rank: int, size: int, settings: dict[str, Any], spoiled: bool) -> list[list[float]]:
+def train_on_rank(rank: int, size: int, settings: dict[str, Any], spoiled: bool, stop_after: int) -> list[Record]:
+    """Goes on where the run's folder stands; a new run saves its start."""
     run = Run(Config.model_validate(settings), one_process(rank, size), spoil if spoiled else None)
-    run.save()
-    assert run.train() == "done"
-    return losses(run.records)
+    if run.trainer.progress.step == 0:
+        run.save()
+    run.stop_after = stop_after
+    assert run.train() == ("stop" if stop_after else "done")
+    return run.records
 
 
 def train(
-    ranks: RankPool, folder: Path, corpus: Path, world: int, name: str, *overrides: str, spoiled: bool = False, steps: int = 3
+    ranks: RankPool,
+    folder: Path,
+    corpus: Path,
+    world: int,
+    name: str,
+    *overrides: str,
+    spoiled: bool = False,
+    steps: int = 3,
+    stop_after: int = 0,
 ) -> Result:
-    """Trains in a layout; all ranks must report the same."""
+    """Trains in a layout, to the end or (stop_after > 0) to a stop; all ranks must report the same."""
+    config = layout_config(folder, corpus, name, *overrides, f"schedule.steps={steps}")
+    records, *others = ranks.run(train_on_rank, config.model_dump(), spoiled, stop_after, world_size=world)
+    assert all(reproducible(other) == reproducible(records) for other in others)
+    checkpoints = folder / "runs" / name / "checkpoints"
+    start, end = (saved(checkpoints / f"step-{step:08d}", "model/") for step in (0, stop_after or steps))
+    return Result(losses(records), records, start, end)
+
+
+def layout_config(folder: Path, corpus: Path, name: str, *overrides: str) -> Config:
     settings = (
         *ALL_AXES,
         "batch={sequences: 8, micro_batches: 2}",
         "schedule={warmup_steps: 0, shape: constant}",
+        "checkpoint.keep_last=9",
         *overrides,
-        f"schedule.steps={steps}",
         f"run.name={name}",
     )
-    config = tiny_config(folder, corpus, *settings)
-    curves = ranks.run(train_on_rank, config.model_dump(), spoiled, world_size=world)
-    assert all(curve == curves[0] for curve in curves)
-    checkpoints = folder / "runs" / name / "checkpoints"
-    return Result(curves[0], saved_weights(checkpoints / "step-00000000"), saved_weights(checkpoints / f"step-{steps:08d}"))
+    return tiny_config(folder, corpus, *settings)
 
 
-def saved_weights(path: Path) -> dict[str, torch.Tensor]:
+def reproducible(records: list[Record]) -> list[Record]:
+    """Without times, rates and memory."""
+    return [{k: v for k, v in record.items() if not k.startswith(("perf/", "memory/"))} for record in records]
+
+
+def saved(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint."""
     with CheckpointReader(path) as reader:
-        return {name: reader.read(name) for name in reader.names() if name.startswith("model/")}
+        return {name: reader.read(name) for name in reader.names() if name.startswith(prefix)}
 
 
 def problems(found: Result, reference: Result, tolerance: float = 1e-5, way: float = 1e-3) -> list[str]:
-    """What breaks the rule: step numbers and tensor names."""
+    """What breaks the rule: step numbers, metrics and tensor names."""
     pairs = list(zip(found.curve, reference.curve, strict=True))
     wrong = [f"step {i}: {a} != {b}" for i, (a, b) in enumerate(pairs, 1) if a != pytest.approx(b, rel=tolerance)]
+    for ours, theirs in zip(reproducible(found.records), reproducible(reference.records), strict=True):
+        assert ours.keys() == theirs.keys()
+        wrong += [f"step {ours['step']}: {k}" for k in ours if ours[k] != pytest.approx(theirs[k], rel=100 * tolerance, abs=1e-6)]
     assert found.end.keys() == reference.end.keys()
     for name, weight in reference.end.items():
         if not torch.equal(found.start[name], reference.start[name]):

@@ -89,12 +89,14 @@ class Run:
             change(parts)
         self.records: list[Record] = []
         self.said: list[str] = []
-        self.stop = NoSignals(self.folder / "STOP")
+        self.stop, self.stop_after = NoSignals(self.folder / "STOP"), 0
         self.trainer = Trainer(parts, world, self.folder, self, 1, self.said.append)
 
     def write(self, record: Record) -> None:
         """The sink of the run."""
         self.records.append(record)
+        if record["step"] == self.stop_after:
+            self.stop.level = self.stop.STOP
 
     def close(self) -> None:
         """Nothing to close."""

@@ -1,50 +1,114 @@
 """Exchanges between the ranks of a group that autograd and torch.compile understand, and the exchange points made of them.
 
-T tokens, E experts, R ranks of the group.
+Each is an opaque op that has ended when it returns. torch's functional collectives gave wrong gradients in compiled layers with tensor
+parallelism (torch 2.13, gloo; forward and eager were right): tests/parallel has the case.
+
+T tokens, N rows, E experts, R ranks of the group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import _functional_collectives as functional
+from torch.distributed.distributed_c10d import _resolve_process_group
 
+from megascale.model.exchange import Exchange
 from megascale.model.routing import take_rows
 
-# torch 2.13 renamed these two
-_all_gather = getattr(functional, "all_gather_single_autograd", None) or functional.all_gather_tensor_autograd
-_reduce_scatter = getattr(functional, "reduce_scatter_single_autograd", None) or functional.reduce_scatter_tensor_autograd
+
+def _group(name: str) -> dist.ProcessGroup:
+    return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def gather(group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
-    """Each rank's rows -> the rows of all ranks, in rank order. Backward: the sum of the ranks' gradients, each rank its rows."""
-
-    def gather_tokens(x: Tensor) -> Tensor:
-        return _all_gather(x.contiguous(), 0, group)
-
-    return gather_tokens
-
-
-def scatter(group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
-    """Partial sums of all rows -> the full sum of this rank's rows. Backward: `gather`."""
-
-    def scatter_tokens(x: Tensor) -> Tensor:
-        return _reduce_scatter(x.contiguous(), "sum", 0, group)
-
-    return scatter_tokens
+@torch.library.custom_op("megascale::gather_rows", mutates_args=())
+def gather_rows(x: Tensor, ranks: int, group: str) -> Tensor:
+    """Each rank's rows -> the rows of all R ranks, in rank order. Backward: `scatter_sum`."""
+    out = x.new_empty(ranks * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), _group(group))
+    return out
 
 
-def total(group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
-    """The sum over the ranks of something without a gradient."""
+@torch.library.custom_op("megascale::scatter_sum", mutates_args=())
+def scatter_sum(x: Tensor, ranks: int, group: str) -> Tensor:
+    """Partial sums of all rows -> the whole sum of this rank's rows, 1/R of them. Backward: `gather_rows`."""
+    out = x.new_empty(x.shape[0] // ranks, *x.shape[1:])
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=_group(group))
+    return out
 
-    def population_sum(counts: Tensor) -> Tensor:
-        return functional.all_reduce(counts, "sum", group)
 
-    return population_sum
+@torch.library.custom_op("megascale::sum_over", mutates_args=())
+def sum_over(x: Tensor, group: str) -> Tensor:
+    """The sum over the ranks; without a gradient."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, group=_group(group))
+    return out
+
+
+@torch.library.custom_op("megascale::exchange_rows", mutates_args=())
+def exchange_rows(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
+    """Rows [N, d], `sent[r]` of them to rank r, in order -> `received[r]` rows from rank r, in order. Backward: the way back."""
+    out = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), received, sent, group=_group(group))
+    return out
+
+
+@gather_rows.register_fake
+def _(x: Tensor, ranks: int, group: str) -> Tensor:
+    return x.new_empty(ranks * x.shape[0], *x.shape[1:])
+
+
+@scatter_sum.register_fake
+def _(x: Tensor, ranks: int, group: str) -> Tensor:
+    return x.new_empty(x.shape[0] // ranks, *x.shape[1:])
+
+
+@sum_over.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@exchange_rows.register_fake
+def _(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
+    return x.new_empty(sum(received), *x.shape[1:])
+
+
+def _keep_arguments(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.arguments = inputs[1:]
+
+
+gather_rows.register_autograd(lambda ctx, grad: (scatter_sum(grad, *ctx.arguments), None, None), setup_context=_keep_arguments)
+scatter_sum.register_autograd(lambda ctx, grad: (gather_rows(grad, *ctx.arguments), None, None), setup_context=_keep_arguments)
+
+
+def _exchange_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    sent, received, group = ctx.arguments
+    return exchange_rows(grad, received, sent, group), None, None, None
+
+
+exchange_rows.register_autograd(_exchange_back, setup_context=_keep_arguments)
+
+
+def gather(group: dist.ProcessGroup) -> Exchange:
+    """The exchange point gather_tokens: the tokens of all ranks of the group."""
+    ranks, name = group.size(), group.group_name
+    return lambda x: gather_rows(x, ranks, name)
+
+
+def scatter(group: dist.ProcessGroup) -> Exchange:
+    """The exchange point scatter_tokens: this rank's share of the tokens, summed over the ranks of the group."""
+    ranks, name = group.size(), group.group_name
+    return lambda x: scatter_sum(x, ranks, name)
+
+
+def total(group: dist.ProcessGroup) -> Exchange:
+    """The exchange point population_sum: counts of all ranks of the group."""
+    name = group.group_name
+    return lambda counts: sum_over(counts, name)
 
 
 def join_vocabulary(group: dist.ProcessGroup) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -89,8 +153,8 @@ class ExpertExchange:
         received_counts = torch.empty_like(counts)
         dist.all_to_all_single(received_counts, counts, group=self.group)
         by_rank = torch.stack([counts, received_counts]).view(2, self.size, -1)
-        sent, received = by_rank.sum(-1).tolist()
-        rows = functional.all_to_all_single_autograd(copies, received, sent, self.group)
+        sent, received = self._rows(by_rank, copies.shape[0])
+        rows = exchange_rows(copies, sent, received, self.group.group_name)
         from_ranks = by_rank[1]
         # rows came sorted by rank, then expert
         expert = torch.arange(from_ranks.shape[1], device=counts.device).repeat(self.size)
@@ -98,8 +162,17 @@ class ExpertExchange:
         place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         return take_rows(rows, order, place[:, None]), from_ranks.sum(0), Way(sent, received, order, place)
 
+    def _rows(self, by_rank: Tensor, rows: int) -> list[list[int]]:
+        """Rows sent to and received from each rank, of counts [2, R, E/R]. Meta tensors, which have no values (dry runs), count as evenly
+        loaded experts.
+        """
+        if by_rank.is_meta:
+            sent = [rows * (i + 1) // self.size - rows * i // self.size for i in range(self.size)]
+            return [sent, [sent[self.group.rank()]] * self.size]
+        return by_rank.sum(-1).tolist()
+
     @torch.compiler.disable
     def combine(self, outputs: Tensor, way: Way) -> Tensor:
         """The experts' outputs [N', d] -> [N, d] in the order of `dispatch`'s rows."""
         back = take_rows(outputs, way.place, way.order[:, None])
-        return functional.all_to_all_single_autograd(back, way.sent, way.received, self.group)
+        return exchange_rows(back, way.received, way.sent, self.group.group_name)

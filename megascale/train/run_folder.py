@@ -57,7 +57,7 @@ def _has_trained(folder: Path) -> bool:
     return any((folder / "checkpoints").iterdir()) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
-UNTRAINED = ("run.name", "run.folder", "observe.", "checkpoint.", "profile.", "guard.", "compile", "parallel.")
+UNTRAINED = ("run.name", "run.folder", "observe.", "checkpoint.", "profile.", "guard.", "compile", "parallel.", "engine.")
 """Settings that may change between a start and its resume."""
 
 

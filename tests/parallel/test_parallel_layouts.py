@@ -2,46 +2,170 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from layouts import ADAMW, SGD_LIKE, Result, problems, train
+from layouts import ADAMW, SGD_LIKE, SPOILED, Result, layout_config, problems, saved, train
+from megascale.config.schema import Config
 from ranks import RankPool
+from runs import Run, one_process
 
+MODEL = "model={width: 32, layers: 4, heads: 4, kv_heads: 2, ffn_width: 64}"
 LAYOUTS = {
-    "tp2": (2, "parallel.tp=2"),
-    "ep2": (2, "parallel.ep=2"),
-    "pp2": (2, "parallel.pp=2"),
-    "pp2-tp2-dp2": (8, "parallel={pp: 2, tp: 2}"),
-    "tp2-ep2-dp2": (4, "parallel={tp: 2, ep: 2}"),
-    "tp2-ep4-dp2": (4, "parallel={tp: 2, ep: 4}"),
-    "pp2-ep2-dp2": (4, "parallel={pp: 2, ep: 2}"),
-    "tp4": (4, "parallel={tp: 4}"),
-    "pp2-interleaved": (2, "parallel={pp: 2, schedule: interleaved, virtual_stages: 2}"),
-    "pp2-tp2-ep2": (4, "parallel={pp: 2, tp: 2, ep: 2}"),
-    "pp4-dp2": (8, "parallel={pp: 4}"),
+    "tp2": (2, "parallel={tp: 2, zero_stage: 0}"),
+    "tp4": (4, "parallel={tp: 4, zero_stage: 0}"),
+    "ep2": (2, "parallel={ep: 2, zero_stage: 0}"),
+    "pp2": (2, "parallel={pp: 2, zero_stage: 0}"),
+    "pp2-interleaved": (2, "parallel={pp: 2, schedule: interleaved, virtual_stages: 2, zero_stage: 0}"),
+    "pp2-tp2-dp2": (8, "parallel={pp: 2, tp: 2, zero_stage: 0}"),
+    "tp2-ep2-dp2": (4, "parallel={tp: 2, ep: 2, zero_stage: 0}"),
+    "tp2-ep4-dp2": (4, "parallel={tp: 2, ep: 4, zero_stage: 0}"),
+    "pp2-ep2-dp2": (4, "parallel={pp: 2, ep: 2, zero_stage: 0}"),
+    "pp2-tp2-ep2-dp2": (8, "parallel={pp: 2, tp: 2, ep: 2, zero_stage: 0}"),
 }
-FOUR_HEADS = "model={width: 32, layers: 4, heads: 4, kv_heads: 2, ffn_width: 64}"
+"""Name -> ranks, settings. dp is what is left of the world."""
+
+
+class References:
+    """Runs of one process, each trained when first asked for."""
+
+    def __init__(self, ranks: RankPool, folder: Path, corpus: Path):
+        self.ranks, self.folder, self.corpus = ranks, folder, corpus
+        self.results: dict[tuple[str, ...], Result] = {}
+
+    def __call__(self, *settings: str, steps: int = 3) -> Result:
+        key = (*settings, str(steps))
+        if key not in self.results:
+            name = f"one-{len(self.results)}"
+            self.results[key] = train(self.ranks, self.folder, self.corpus, 1, name, MODEL, *settings, steps=steps)
+        return self.results[key]
 
 
 @pytest.fixture(scope="module")
-def one(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> dict[str, Result]:
-    """The runs of one process."""
-    folder = tmp_path_factory.mktemp("one")
-    return {
-        "adamw": train(ranks, folder, tiny_corpus, 1, "adamw", FOUR_HEADS, *ADAMW),
-        "sgd": train(ranks, folder, tiny_corpus, 1, "sgd", FOUR_HEADS, *SGD_LIKE),
-    }
+def one(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> References:
+    return References(ranks, tmp_path_factory.mktemp("one"), tiny_corpus)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_trains_the_run_of_one_process(
-    ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: dict[str, Result], layout: str, optimizer: str
+    ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References, layout: str, optimizer: str
 ) -> None:
-    world, override = LAYOUTS[layout]
+    world, parallel = LAYOUTS[layout]
     settings = ADAMW if optimizer == "adamw" else SGD_LIKE
-    found = train(ranks, tmp_path, tiny_corpus, world, layout, FOUR_HEADS, *settings, override, "parallel.zero_stage=0")
-    assert problems(found, one[optimizer]) == []
+    found = train(ranks, tmp_path, tiny_corpus, world, layout, MODEL, *settings, parallel)
+    assert problems(found, one(*settings)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp2-ep2-dp2", "pp2-tp2-dp2"])
+def test_the_rule_has_teeth(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References, layout: str) -> None:
+    world, parallel = LAYOUTS[layout]
+    found = problems(train(ranks, tmp_path, tiny_corpus, world, layout, MODEL, *SGD_LIKE, parallel, spoiled=True), one(*SGD_LIKE))
+    assert any(line.startswith("step 1") for line in found)
+    assert f"model/{SPOILED}" in found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["pp2-tp2-dp2", "tp2-ep2-dp2", "pp2-ep2-dp2", "tp4"])
+def test_bf16_is_as_near_to_fp32_as_in_one_process(
+    ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References, layout: str
+) -> None:
+    world, parallel = LAYOUTS[layout]
+    exact, alone = one(*SGD_LIKE), one(*SGD_LIKE, "precision=bf16")
+
+    def distance(result: Result, name: str) -> float:
+        return float((result.end[name] - exact.end[name]).norm() / (exact.end[name] - exact.start[name]).norm())
+
+    allowed = 1.3 * max(distance(alone, name) for name in exact.end)
+    assert allowed < 0.02
+    found = train(ranks, tmp_path, tiny_corpus, world, layout, MODEL, *SGD_LIKE, parallel, "precision=bf16")
+    for (loss, norm), (exact_loss, exact_norm) in zip(found.curve, exact.curve, strict=True):
+        assert loss == pytest.approx(exact_loss, rel=2e-4)
+        assert norm == pytest.approx(exact_norm, rel=2e-3)
+    assert {name: d for name in exact.end if (d := distance(found, name)) > allowed} == {}
+
+
+OTHER_RUNS = {
+    "tied embeddings over stages": ("pp2-tp2-dp2", ("model.tie_embeddings=true",)),
+    "tied embeddings on one stage": ("tp2-ep2-dp2", ("model.tie_embeddings=true",)),
+    "validation": ("pp2-tp2-ep2-dp2", ("validation={every: 2, sequences: 19}",)),
+    "validation with interleaved stages": ("pp2-interleaved", ("validation={every: 2, sequences: 19}",)),
+    "a growing batch": ("pp2-ep2-dp2", ("batch.ramp=[{steps: 1, sequences: 4}]",)),
+    "shared experts, q/k norm and biases": (
+        "tp2-ep4-dp2",
+        ("model.experts.shared=1", "model.qk_norm=true", "model.qkv_bias=true"),
+    ),
+    "balance of each rank's tokens": ("pp2", ("model.experts.scope=rank",)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", OTHER_RUNS)
+def test_it_holds_for(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References, what: str) -> None:
+    layout, settings = OTHER_RUNS[what]
+    world, parallel = LAYOUTS[layout]
+    found = train(ranks, tmp_path, tiny_corpus, world, "run", MODEL, *ADAMW, *settings, parallel)
+    assert problems(found, one(*ADAMW, *settings)) == []
+
+
+@pytest.mark.slow
+def test_it_holds_for_muon_as_far_as_its_bf16_iterations_allow(
+    ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References
+) -> None:
+    world, parallel = LAYOUTS["pp2-ep2-dp2"]
+    found = train(ranks, tmp_path, tiny_corpus, world, "muon", MODEL, *ADAMW, "optimizer.name=muon", parallel)
+    # torch's Muon orthogonalises in bf16: a gradient that differs in its last fp32 bit may round to another bf16 number
+    assert problems(found, one(*ADAMW, "optimizer.name=muon"), tolerance=1e-4, way=0.05) == []
+
+
+@pytest.mark.slow
+def test_it_holds_for_compiled_layers(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References) -> None:
+    world, parallel = LAYOUTS["tp2-ep2-dp2"]
+    found = train(ranks, tmp_path, tiny_corpus, world, "compiled", MODEL, *ADAMW, parallel, "compile=on")
+    assert problems(found, one(*ADAMW)) == []
+
+
+def load_and_save(rank: int, size: int, settings: dict[str, Any], folder: str) -> int:
+    """Resumes the run and saves what it has into another folder; the step it stands at."""
+    run = Run(Config.model_validate(settings), one_process(rank, size))
+    run.trainer.checkpoints = Path(folder)
+    run.save()
+    return run.trainer.progress.step
+
+
+CHANGES = [
+    ("pp2-tp2-dp2", "tp2-ep4-dp2"),
+    ("tp2-ep4-dp2", "pp2-interleaved"),
+    ("pp2-ep2-dp2", "tp4"),
+    ("tp4", "pp2-tp2-ep2-dp2"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), CHANGES, ids=lambda name: name)
+def test_a_checkpoint_of_one_layout_is_continued_in_another(
+    ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References, first: str, second: str
+) -> None:
+    whole = one(*ADAMW, steps=5)
+    before = train(
+        ranks, tmp_path, tiny_corpus, LAYOUTS[first][0], "run", MODEL, *ADAMW, LAYOUTS[first][1], steps=5, stop_after=2
+    )
+    world, parallel = LAYOUTS[second]
+    # loaded and saved again, every weight and every moment keeps its bits
+    config = layout_config(tmp_path, tiny_corpus, "run", MODEL, *ADAMW, parallel, "schedule.steps=5")
+    assert set(ranks.run(load_and_save, config.model_dump(), str(tmp_path / "again"), world_size=world)) == {2}
+    old, new = (saved(folder / "step-00000002") for folder in (tmp_path / "runs/run/checkpoints", tmp_path / "again"))
+    assert old.keys() == new.keys()
+    assert {name.split("/")[0] for name in old} == {"model", "adamw.exp_avg", "adamw.exp_avg_sq", "adamw.step"}
+    assert all(torch.equal(tensor, new[name]) for name, tensor in old.items())
+    # and the training goes on as if it had never changed
+    after = train(ranks, tmp_path, tiny_corpus, world, "run", MODEL, *ADAMW, parallel, steps=5)
+    joined = Result(before.curve + after.curve, before.records + after.records, before.start, after.end)
+    assert problems(joined, whole) == []
+    shutil.rmtree(tmp_path / "again")
