@@ -182,6 +182,9 @@ class Parallel(Node):
         "1f1b", "order of a pipeline's micro-batches: 1f1b, or interleaved (several stages a rank, a smaller bubble)"
     )
     virtual_stages: int = field(1, "interleaved: pipeline stages per rank", gt=0)
+    recompute: Literal["none", "layer"] = field(
+        "none", "layer: keep only each layer's input and compute the layer again in the backward pass (a third more FLOPs)"
+    )
     zero_stage: Literal[0, 1, 2, 3] | None = field(
         None,
         "what DeepSpeed splits over data-parallel ranks: 1 optimizer state, 2 also gradients, 3 also weights; 0 = plain torch, "

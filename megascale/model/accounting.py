@@ -79,12 +79,18 @@ def flops_per_token(model: Model, visible_keys: float) -> float:
         visible_keys: a, mean number of keys a token sees in its document, itself included (prefixes n are added here).
     """
     assert model.vocab_size and model.head_dim
-    streams, several, blocks = model.streams.count, model.streams.count > 1, model.altup.blocks
-    keys = visible_keys + model.streams.prefix_tokens * several
-    trunk = 6 * parameters(model).matmul_per_token + 12 * model.layers * model.heads * model.head_dim * keys
+    streams, several = model.streams.count, model.streams.count > 1
     aggregator = 6 * (streams * model.width**2 + model.width * streams) * several
-    altup = 6 * streams * blocks**2 * model.width * model.layers * (blocks > 1)
-    return streams * trunk + aggregator + altup + 6 * model.width * model.vocab_size
+    return layer_flops_per_token(model, visible_keys) + aggregator + 6 * model.width * model.vocab_size
+
+
+def layer_flops_per_token(model: Model, visible_keys: float) -> float:
+    """The part of `flops_per_token` that is spent in the layers; recomputing them costs a third of it once more."""
+    assert model.head_dim
+    streams, blocks = model.streams.count, model.altup.blocks
+    keys = visible_keys + model.streams.prefix_tokens * (streams > 1)
+    trunk = 6 * parameters(model).matmul_per_token + 12 * model.layers * model.heads * model.head_dim * keys
+    return streams * trunk + 6 * streams * blocks**2 * model.width * model.layers * (blocks > 1)
 
 
 def mean_visible_keys(positions_mean: float, model: Model) -> float:

@@ -66,6 +66,10 @@ class Layer(nn.Module):
         return self.residual.write(kept, attended, attention, fed), report
 
 
+def _run_layer(layer: Layer, state: Tensor, packing: Packing) -> tuple[Tensor, dict[str, Tensor]]:
+    return layer(state, packing)
+
+
 @dataclass(frozen=True)
 class Losses:
     """Of one micro-batch, this stage's and this rank's part: what is differentiated, and what is only reported."""
@@ -94,6 +98,7 @@ class Decoder(nn.Module):
         super().__init__()
         assert model.vocab_size is not None
         self.config = model
+        self.run_layer: Callable[[Any, Tensor, Packing], tuple[Tensor, dict[str, Tensor]]] = _run_layer
         self.embedding = Embedding(model.vocab_size, model.width)
         self.layers = nn.ModuleDict({str(i): Layer(model, i) for i in range(model.layers)})
         self.norm = RMSNorm(model.width, model.norm_eps)
@@ -117,7 +122,7 @@ class Decoder(nn.Module):
         """
         reports: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            state, report = layer(state, packing)
+            state, report = self.run_layer(layer, state, packing)
             if watch is not None:
                 watch(name, state)
             for key, value in report.items():

@@ -69,7 +69,7 @@ SECTIONS: tuple[Section, ...] = (
             Panel("Tokens per second", ("perf/tokens_per_second",)),
             Panel("Tokens per second and device", ("perf/tokens_per_second_per_gpu",)),
             Panel("TFLOP/s per device", ("perf/tflops_per_gpu",)),
-            Panel("Model FLOPs utilisation", ("perf/mfu", "perf/mfu_full"), needs="known_peak"),
+            Panel("Model FLOPs utilisation", ("perf/mfu", "perf/mfu_full", "perf/hfu"), needs="known_peak"),
             Panel("Seconds per step", ("perf/step_seconds",), x="step"),
             Panel("Seconds waiting for data", ("perf/data_seconds",), x="step"),
         ),

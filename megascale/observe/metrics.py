@@ -47,6 +47,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("perf/tflops_per_gpu", "TFLOP/s", "model FLOPs per second and device", "throughput"),
     Metric("perf/mfu", "share of peak", "model FLOPs utilisation, attention counted where it is visible", "throughput"),
     Metric("perf/mfu_full", "share of peak", "the same with full attention counted, as Megatron and PaLM do", "throughput"),
+    Metric("perf/hfu", "share of peak", "hardware FLOPs utilisation: as perf/mfu, with recomputed layers counted again", "throughput"),
     Metric("memory/peak_gib", "GiB", "most device memory allocated during the step, largest over ranks", "memory"),
     Metric("memory/rss_gib", "GiB", "resident memory of the process, on runs without an accelerator", "memory"),
     Metric("moe/layer_{layer}/load_max_over_mean", "ratio", "tokens of the busiest expert over the mean; 1 is even", "routing"),

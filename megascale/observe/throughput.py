@@ -34,7 +34,7 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def throughput(
-    seconds: float, loss_tokens: int, flops: float, flops_full: float, world: int, peak: float | None
+    seconds: float, loss_tokens: int, flops: float, flops_full: float, flops_hardware: float, world: int, peak: float | None
 ) -> dict[str, float]:
     """The perf/* metrics of one step.
 
@@ -43,8 +43,9 @@ def throughput(
         loss_tokens: loss tokens of the step, over all ranks.
         flops: model FLOPs of the step over all ranks, attention counted where it is visible.
         flops_full: the same with full attention counted.
+        flops_hardware: `flops` and what is computed twice.
         world: number of devices.
-        peak: peak FLOP/s of one device; None leaves out perf/mfu and perf/mfu_full.
+        peak: peak FLOP/s of one device; None leaves out the utilisations.
 
     Returns:
         Metrics by name. Utilisations are shares of the peak, 0 to 1.
@@ -61,4 +62,5 @@ def throughput(
     if peak is not None:
         metrics["perf/mfu"] = flops / device_seconds / peak
         metrics["perf/mfu_full"] = flops_full / device_seconds / peak
+        metrics["perf/hfu"] = flops_hardware / device_seconds / peak
     return metrics

@@ -19,6 +19,7 @@ from megascale.parallel.mesh import Mesh
 from megascale.parallel.pipeline import Stages
 from megascale.parallel.placement import Placement
 from megascale.parallel.plain import PlainEngine
+from megascale.parallel.recompute import apply_recompute
 from megascale.parallel.shard import cut, materialise, named_parameters, own_stages, shard, whole_on_meta
 from megascale.train.compiling import compile_layers
 from megascale.train.groups import optimizer_groups
@@ -67,6 +68,7 @@ def build_stages(config: Config, mesh: Mesh) -> tuple[Stages, dict[str, nn.Param
         placements |= (here := shard(decoder, mesh))
         materialise(decoder, here, config.run.seed, mesh.world.device.torch)
         apply(decoder, config.model, mesh)
+        apply_recompute(decoder, config.parallel.recompute)
         parameters |= named_parameters(decoder)
         decoders[stage] = decoder
     return Stages(decoders, config, mesh), parameters, placements

@@ -17,7 +17,7 @@ from megascale.checkpoint.retention import prune
 from megascale.checkpoint.save import save_checkpoint
 from megascale.data.batches import MicroBatch
 from megascale.data.prefetch import prefetch
-from megascale.model.accounting import flops_per_token, mean_visible_keys
+from megascale.model.accounting import flops_per_token, layer_flops_per_token, mean_visible_keys
 from megascale.observe.sinks import Sink
 from megascale.observe.throughput import peak_flops, throughput
 from megascale.parallel.mesh import DATA
@@ -136,6 +136,7 @@ class Trainer:
 
         keys = mean_visible_keys(positions / all_tokens, self.config.model)
         flops = flops_per_token(self.config.model, keys) * step_tokens
+        again = layer_flops_per_token(self.config.model, keys) / 3 if self.config.parallel.recompute == "layer" else 0.0
         flops_full = flops_per_token(self.config.model, float(self.config.data.sequence_length)) * step_tokens
         progress = self.progress
         progress.step, progress.sequences = batch.step, batch.consumed
@@ -152,7 +153,7 @@ class Trainer:
             **metrics,
             "train/grad_norm": norm,
             **{f"optim/lr/{g.name}": g.lr * lr_scale(batch.step, self.config.schedule) for g in self.engine.groups},
-            **throughput(seconds, step_tokens, flops, flops_full, self.world.size, self.peak_flops),
+            **throughput(seconds, step_tokens, flops, flops_full, flops + again * step_tokens, self.world.size, self.peak_flops),
             "perf/data_seconds": data_seconds,
             **self.world.device.memory(),
             **self.parts.data.train.progress(batch.consumed),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import math
+import os
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megascale.observe.console import ConsoleSink, format_count, format_duration, format_header, format_line
+from megascale.observe.console import ConsoleSink, format_count, format_duration, format_header, format_line, show
 
 RECORD = {
     "step": 120,
@@ -112,3 +113,12 @@ def test_colours_reach_a_terminal_and_never_a_file() -> None:
     assert format_line(RECORD, 10, None).split("loss")[0].strip() in terminal.getvalue()
     assert terminal.getvalue().count("\n") == 1
     assert all(c.isprintable() for line in sink_lines(1, [RECORD]) for c in line)
+
+
+def test_lines_that_nobody_reads_any_more_are_dropped() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        sink = ConsoleSink(1000, 1, stream)
+        os.close(reader)
+        sink.write(RECORD)
+        show("the end", stream)

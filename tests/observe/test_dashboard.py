@@ -58,7 +58,7 @@ def test_every_absent_metric_is_found_missing(name: str) -> None:
 def test_a_plain_cpu_run_needs_no_metric_of_absent_features() -> None:
     features = run_features(Config(validation=Validation(every=0)), on_accelerator=False, peak_known=False)
     plain = {n for n in LOGGED if n.split("/")[0] not in ("moe", "streams", "altup", "val")}
-    plain -= {"train/aux/balance", "train/aux/router_z", "perf/mfu", "perf/mfu_full", "memory/peak_gib"}
+    plain -= {"train/aux/balance", "train/aux/router_z", "perf/mfu", "perf/mfu_full", "perf/hfu", "memory/peak_gib"}
     assert features == {"cpu"}
     assert missing_panels(plain, features) == []
     assert missing_panels(plain - {"data/epoch/stdlib"}, features) == ["Data: Epoch of each source: data/epoch/{source}"]

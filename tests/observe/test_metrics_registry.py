@@ -16,7 +16,7 @@ LAYERS = st.integers(0, 500)
 DESIGN = (
     "lineage step phase tokens flops_total sequences train/lm_loss train/total_loss train/grad_norm train/aux/balance "
     "train/aux/router_z optim/lr/matrices val/stdlib/loss val/stdlib/bits_per_byte perf/step_seconds perf/tokens_per_second "
-    "perf/tokens_per_second_per_gpu perf/tflops_per_gpu perf/mfu perf/mfu_full perf/data_seconds memory/peak_gib "
+    "perf/tokens_per_second_per_gpu perf/tflops_per_gpu perf/mfu perf/mfu_full perf/hfu perf/data_seconds memory/peak_gib "
     "memory/rss_gib moe/layer_03/load_max_over_mean moe/layer_03/load_entropy moe/layer_117/idle_experts "
     "streams/aggregator_entropy streams/weight_p0 altup/layer_00/divergence altup/gain data/epoch/stdlib "
     "data/share/stdlib guard/skipped_steps"

@@ -101,6 +101,7 @@ OTHER_RUNS = {
         "tp2-ep4-dp2",
         ("model.experts.shared=1", "model.qk_norm=true", "model.qkv_bias=true"),
     ),
+    "recomputed layers": ("pp2-tp2-ep2-dp2", ("parallel.recompute=layer",)),
     "balance of each rank's tokens": ("pp2", ("model.experts.scope=rank",)),
 }
 
@@ -110,7 +111,7 @@ OTHER_RUNS = {
 def test_it_holds_for(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References, what: str) -> None:
     layout, settings = OTHER_RUNS[what]
     world, parallel = LAYOUTS[layout]
-    found = train(ranks, tmp_path, tiny_corpus, world, "run", MODEL, *ADAMW, *settings, parallel)
+    found = train(ranks, tmp_path, tiny_corpus, world, "run", MODEL, *ADAMW, parallel, *settings)
     assert problems(found, one(*ADAMW, *settings)) == []
 
 
@@ -121,7 +122,7 @@ def test_it_holds_for_muon_as_far_as_its_bf16_iterations_allow(
     world, parallel = LAYOUTS["pp2-ep2-dp2"]
     found = train(ranks, tmp_path, tiny_corpus, world, "muon", MODEL, *ADAMW, "optimizer.name=muon", parallel)
     # torch's Muon orthogonalises in bf16: a gradient that differs in its last fp32 bit may round to another bf16 number
-    assert problems(found, one(*ADAMW, "optimizer.name=muon"), tolerance=1e-4, way=0.05) == []
+    assert problems(found, one(*ADAMW, "optimizer.name=muon"), tolerance=1e-4, way=0.15) == []
 
 
 @pytest.mark.slow
