@@ -18,6 +18,8 @@ VERBS = {
     "generate": "continue a text with a trained run",
     "report": "what a run reached, beside compressors, with a sample",
     "checkpoint": "list or verify checkpoints",
+    "convert": "Hugging Face folders to runs, and runs to Hugging Face folders",
+    "laws": "published scaling laws, predictions, fits of runs, comparisons, plots",
     "dashboard": "the W&B workspace as code: show or push",
     "doctor": "versions, devices, and a two-rank train and resume self test",
 }

@@ -115,6 +115,23 @@ class Run:
         return {name: master.detach().clone() for name, master in self.trainer.engine.masters.items()}
 
 
+class Collected:
+    """A sink that keeps the records, with a stop request that it makes itself behind a step (0: never)."""
+
+    def __init__(self, stop_file: Path, stop_after: int = 0):
+        self.records: list[Record] = []
+        self.stop, self.stop_after = NoSignals(stop_file), stop_after
+
+    def write(self, record: Record) -> None:
+        """Keep a record."""
+        self.records.append(record)
+        if record["step"] == self.stop_after:
+            self.stop.level = self.stop.STOP
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
 def train_tiny(config: Config, change: Callable[[Parts], None] | None = None) -> Run:
     """Trains a config in this process to its end."""
     run = Run(config, change=change)

@@ -12,7 +12,9 @@ from torch import Tensor
 from megascale.config.resolve import resolve
 from megascale.config.schema import AltUp, Config, Experts, Model, Rotary, Streams
 from megascale.model.decoder import Decoder, Losses
+from megascale.model.exchange import identity
 from megascale.model.initialize import initialize
+from megascale.model.origin import Draw, Origin, origin_of
 
 IGNORED = -100
 
@@ -66,6 +68,12 @@ def packed_batch(lengths: Sequence[Sequence[int]], vocab_size: int = 97, seed: i
     documents = torch.stack([torch.repeat_interleave(torch.arange(len(text)), torch.tensor(text)) for text in lengths])
     ends = torch.stack([torch.tensor(text).cumsum(0).eq(torch.arange(1, size[1] + 1)[:, None]).any(1) for text in lengths])
     return Batch(tokens, positions, documents, labels.masked_fill(ends, IGNORED))
+
+
+def origin(tokens: int, seed: int = 0, step: int = 0, layer: int = 0, vocab_size: int = 97) -> Origin:
+    """The origin of some tokens with random ids, all of one sequence."""
+    ids = torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(3))
+    return origin_of(ids, Draw(seed, step), identity).at(layer)
 
 
 def gradients(decoder: Decoder) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -58,6 +59,27 @@ class Rectangle:
     def sizes(self) -> Shape:
         """Shape of the piece."""
         return tuple(self.tensor.shape)
+
+    def values(self) -> torch.Tensor:
+        """The piece with its elements; asked for once, when they are written."""
+        return self.tensor
+
+
+@dataclass(frozen=True)
+class Deferred(Rectangle):
+    """A rectangle whose elements are read when they are written, so that a whole model never has to be in memory.
+
+    Attributes:
+        tensor: on the meta device: shape and dtype only.
+        read: gives the elements; called once.
+    """
+
+    read: Callable[[], torch.Tensor]
+
+    def values(self) -> torch.Tensor:
+        tensor = self.read()
+        assert (tensor.shape, tensor.dtype) == (self.tensor.shape, self.tensor.dtype), f"{self.name}: not what was declared"
+        return tensor
 
 
 def full(name: str, tensor: torch.Tensor) -> Rectangle:

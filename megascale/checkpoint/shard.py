@@ -8,14 +8,14 @@ ordinary OSError. The safetensors library reads the files.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from megascale.checkpoint.files import FileRecord, write_file
 from megascale.checkpoint.index import Index, Placement, TensorEntry
-from megascale.checkpoint.layout import SAFETENSORS_CODE, Rectangle, dtype_name, volume
+from megascale.checkpoint.layout import SAFETENSORS_CODE, Rectangle, Shape, dtype_name, volume
 
 
 def shard_name(rank: int) -> str:
@@ -52,7 +52,7 @@ class Shard:
                 keyed.append((key, rectangle))
         # Widest elements first: every tensor then starts at a multiple of its element size, which mapped reading wants.
         self._keyed = sorted(keyed, key=lambda pair: -pair[1].tensor.element_size())
-        self._header = _header(self._keyed)
+        self._header = header((key, one.tensor.dtype, one.sizes) for key, one in self._keyed)
         self.size = len(self._header) + sum(one.tensor.nbytes for _, one in self._keyed) if self._keyed else 0
 
     def write(self, folder: Path) -> FileRecord:
@@ -66,7 +66,7 @@ class Shard:
     def _chunks(self) -> Iterator[memoryview]:
         yield memoryview(self._header)
         for _, rectangle in self._keyed:
-            yield tensor_bytes(rectangle.tensor)
+            yield tensor_bytes(rectangle.values())
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -82,13 +82,18 @@ def _key(rectangle: Rectangle) -> str:
     return f"{rectangle.name}[{ranges}]"
 
 
-def _header(keyed: list[tuple[str, Rectangle]]) -> bytes:
-    """Length (8 bytes, little endian) and JSON description of all tensors, padded with blanks to a multiple of 8."""
-    description, start = {}, 0
-    for key, rectangle in keyed:
-        end = start + rectangle.tensor.nbytes
-        code = SAFETENSORS_CODE[rectangle.tensor.dtype]
-        description[key] = {"dtype": code, "shape": list(rectangle.sizes), "data_offsets": [start, end]}
+def header(tensors: Iterable[tuple[str, torch.dtype, Shape]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The start of a safetensors file: length (8 bytes, little endian) and JSON description of all tensors, padded with blanks.
+
+    Args:
+        tensors: key, dtype and shape of each, in the order in which their bytes follow.
+        metadata: texts stored with them.
+    """
+    description: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for key, dtype, shape in tensors:
+        end = start + volume(shape) * dtype.itemsize
+        description[key] = {"dtype": SAFETENSORS_CODE[dtype], "shape": list(shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(description, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megascale.config.errors import InputError
+
+if TYPE_CHECKING:
+    from megascale.train.load_run import LoadedModel
+
+LONGEST = 4096
+"""Tokens of a window unless more are asked for; models made elsewhere may have contexts that no small machine can hold."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
-    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="runs/NAME")
+    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="runs/NAME, or a Hugging Face folder")
     parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest good one")
     parser.add_argument("--sequences", default="all", metavar="N|all", help="sequences scored, from the first on (default: all)")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--source", help="only the held-out text of this source")
     chosen.add_argument("--text", type=Path, nargs="+", action="extend", metavar="FILE", help="these files, each a document")
+    parser.add_argument(
+        "--sequence-length", type=int, metavar="N",
+        help="tokens the model sees at once (default: the run's; at most 4096 for models that were not trained here)",
+    )  # fmt: skip
     parser.add_argument(
         "--stride", type=int, metavar="S",
         help="windows that overlap, each S tokens further: all tokens behind the first window see at least"
@@ -36,16 +47,17 @@ def run(arguments: argparse.Namespace) -> int:
     count = sequence_count(arguments.sequences)
 
     from megascale.train.evaluate import evaluate, text_sequences, validation_sequences
-    from megascale.train.load_run import load_run
+    from megascale.train.load_run import load_model
 
-    loaded = load_run(arguments.run, arguments.step, arguments.precision)
-    length = loaded.config.data.sequence_length
+    loaded = load_model(arguments.run, arguments.step, arguments.precision)
+    length = _length(arguments.sequence_length, loaded)
     if arguments.stride is not None and not 1 <= arguments.stride <= length:
-        raise InputError("--stride", f"{arguments.stride} is out of range", f"give 1 to {length}, the run's sequence length")
+        raise InputError("--stride", f"{arguments.stride} is out of range", f"give 1 to {length}, the sequence length")
     if arguments.text:
         sets = {str(path): text_sequences(loaded, path) for path in arguments.text}
     else:
-        sets = validation_sequences(loaded, arguments.source)
+        sets = dict(validation_sequences(loaded, arguments.source))
+    sets = {name: dataclasses.replace(sequences, length=length) for name, sequences in sets.items()}
     results = {name: evaluate(loaded, sequences, count, arguments.stride) for name, sequences in sets.items()}
     if arguments.json:
         facts = {"run": str(arguments.run), "step": loaded.step, "sequence_length": length, "stride": arguments.stride or length}
@@ -53,6 +65,16 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(_table(loaded.step, results))
     return 0
+
+
+def _length(given: int | None, loaded: LoadedModel) -> int:
+    """Tokens of a window."""
+    from megascale.train.load_run import LoadedRun
+
+    if given is not None and given < 1:
+        raise InputError("--sequence-length", f"{given} is out of range", "give at least 1")
+    own = loaded.config.data.sequence_length
+    return given or (own if isinstance(loaded, LoadedRun) else min(own, LONGEST))
 
 
 def sequence_count(text: str) -> int | None:

@@ -14,13 +14,13 @@ from megascale.config.errors import InputError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from megascale.train.load_run import LoadedRun
+    from megascale.train.load_run import LoadedModel
     from megascale.train.sampling import SamplingOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
-    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="runs/NAME")
+    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="runs/NAME, or a Hugging Face folder")
     parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest good one")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         InputError: no run, checkpoint or tokenizer; a setting out of range; an unreadable or empty prompt.
     """
-    from megascale.train.load_run import load_run
+    from megascale.train.load_run import load_model
     from megascale.train.sampling import SamplingOptions
 
     options = SamplingOptions(arguments.tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
@@ -51,10 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.samples < 1:
         raise InputError("--samples", f"{arguments.samples} is out of range", "give at least 1")
     prompt = arguments.prompt if arguments.prompt_file is None else _read_prompt(arguments.prompt_file)
-    loaded = load_run(arguments.run, arguments.step, arguments.precision)
+    loaded = load_model(arguments.run, arguments.step, arguments.precision)
     ids = loaded.encode(prompt)
     if not ids:
-        raise InputError("--prompt", "is empty, and documents of this run's corpus have no start token", "give some text")
+        raise InputError("--prompt", "is empty, and documents of this model have no start token", "give some text")
     context = loaded.config.data.sequence_length
     notes = []
     if len(ids) > context:
@@ -64,9 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
         notes.append(f"past {context:,} tokens the model sees only the newer part of the text, at least {context // 2:,} tokens")
     for note in notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
-    assert loaded.data.tokenizer is not None
+    assert loaded.tokenizer is not None
     shown = None if arguments.json else prompt
-    samples, timing = _generate(loaded, loaded.data.tokenizer, ids, arguments.samples, options, shown)
+    samples, timing = _generate(loaded, loaded.tokenizer, ids, arguments.samples, options, shown)
     if arguments.json:
         head = {"run": str(arguments.run), "step": loaded.step, "prompt": prompt, "prompt_tokens": len(ids), "notes": notes}
         print(json.dumps({**head, "samples": samples, **timing}, indent=1))
@@ -87,7 +87,7 @@ def _read_prompt(name: str) -> str:
 
 
 def _generate(
-    loaded: LoadedRun, tokenizer: Tokenizer, ids: list[int], count: int, options: SamplingOptions, prompt: str | None
+    loaded: LoadedModel, tokenizer: Tokenizer, ids: list[int], count: int, options: SamplingOptions, prompt: str | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All samples and the timing. Prints the prompt and what follows it, a single sample as it comes; nothing for prompt None."""
     from tokenizers.decoders import DecodeStream

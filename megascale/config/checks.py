@@ -13,7 +13,7 @@ from megascale.config.layout_checks import contradictions, layout_problems, layo
 from megascale.config.load import LoadedConfig
 from megascale.config.origin import REMEDY, Problem, raise_problems
 from megascale.config.resolve import resolve, uneven_heads
-from megascale.config.schema import Config
+from megascale.config.schema import Config, Phase, Schedule
 from megascale.config.size import size_problems
 
 
@@ -119,6 +119,9 @@ def _experts(config: Config) -> Iterator[Problem]:
     if experts.per_token > experts.count:
         reason = f"a token cannot go to {experts.per_token} of {experts.count} experts; at most {experts.count}"
         yield Problem((*path, "per_token"), reason, ((*path, "count"),))
+    elif experts.router == "rl_r" and experts.per_token == experts.count:
+        reason = f"rl_r sends each token to {experts.per_token} of {experts.count} experts: there is nothing to choose"
+        yield Problem((*path, "per_token"), f"{reason}; at most {experts.count - 1}", ((*path, "count"), (*path, "router")))
     unit = 8 if config.precision == "bf16" else 4
     width_path = (*path, "width") if experts.width else ("model", "ffn_width")
     for width, here in ((config.model.width, ("model", "width")), (experts.width or config.model.ffn_width, width_path)):
@@ -149,19 +152,52 @@ def _optimizer(config: Config) -> Iterator[Problem]:
 
 def _schedule(config: Config) -> Iterator[Problem]:
     schedule = config.schedule
-    steps, warmup, decay = (("schedule", name) for name in ("steps", "warmup_steps", "decay_steps"))
+    if schedule.phases:
+        for index, phase in enumerate(schedule.phases):
+            yield from _stretch(phase, ("schedule", "phases", index))
+        yield from _phases(config)
+    else:
+        yield from _stretch(schedule, ("schedule",))
+    steps = _steps(config)
+    ramp = sum(stage.steps for stage in config.batch.ramp)
+    if ramp >= steps:
+        reason = f"the stages of the ramp take {ramp} steps, and the run has {steps}: the full batch is never reached"
+        yield Problem(("batch", "ramp"), f"{reason}; shorten the ramp", (("schedule", "steps"),))
+
+
+def _stretch(schedule: Schedule | Phase, path: KeyPath) -> Iterator[Problem]:
+    """A learning rate that does not fit its steps."""
+    steps, warmup, decay = ((*path, name) for name in ("steps", "warmup_steps", "decay_steps"))
     if schedule.warmup_steps > schedule.steps:
         reason = f"warmup_steps {schedule.warmup_steps} is more than steps {schedule.steps}"
-        yield Problem(warmup, f"{reason}; set schedule.warmup_steps to at most {schedule.steps}", (steps,))
+        yield Problem(warmup, f"{reason}; set {dotted(warmup)} to at most {schedule.steps}", (steps,))
     elif schedule.shape == "wsd":
         decay_steps = schedule.decay_steps or max(1, schedule.steps // 5)
         if schedule.warmup_steps + decay_steps > schedule.steps:
             reason = f"warmup_steps {schedule.warmup_steps} + decay_steps {decay_steps} = {schedule.warmup_steps + decay_steps}"
             yield Problem(decay, f"{reason} is more than steps {schedule.steps}; shorten one of them", (warmup, steps))
-    ramp = sum(stage.steps for stage in config.batch.ramp)
-    if ramp >= schedule.steps:
-        reason = f"the stages of the ramp take {ramp} steps, and the run has {schedule.steps}: the full batch is never reached"
-        yield Problem(("batch", "ramp"), f"{reason}; shorten the ramp", (steps,))
+
+
+def _phases(config: Config) -> Iterator[Problem]:
+    """Streams may be added once, from 1 to the model's, and stay."""
+    model, before = config.model.streams.count, 1
+    for index, phase in enumerate(config.schedule.phases):
+        streams = phase.streams or model
+        path: KeyPath = ("schedule", "phases", index, "streams")
+        if streams not in (1, model):
+            yield Problem(
+                path, f"{streams} streams; a phase has 1 or model.streams.count ({model})", (("model", "streams", "count"),)
+            )
+        elif streams < before:
+            yield Problem(path, f"{streams} after {before} streams: streams can be added, not removed")
+        before = streams
+    if before < model:
+        reason = f"no phase trains the {model} streams of model.streams.count"
+        yield Problem(("schedule", "phases"), f"{reason}; leave streams out of the last phase", (("model", "streams", "count"),))
+
+
+def _steps(config: Config) -> int:
+    return sum(phase.steps for phase in config.schedule.phases) or config.schedule.steps
 
 
 def _profile(config: Config) -> Iterator[Problem]:
@@ -170,8 +206,8 @@ def _profile(config: Config) -> Iterator[Problem]:
     first, last = config.profile.steps
     if not 1 <= first <= last:
         yield Problem(("profile", "steps"), f"given [{first}, {last}]; expected [first, last] with 1 <= first <= last")
-    elif last > config.schedule.steps:
-        reason = f"step {last} is beyond the last step {config.schedule.steps}"
+    elif last > _steps(config):
+        reason = f"step {last} is beyond the last step {_steps(config)}"
         yield Problem(("profile", "steps"), reason, (("schedule", "steps"),))
 
 

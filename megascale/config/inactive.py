@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from megascale.config.fields import KeyPath
-from megascale.config.schema import AltUp, Config, Experts, Streams
+from megascale.config.schema import AltUp, Config, Experts, Schedule, Streams
 
 LLAMA3_ONLY = ("low_frequency_factor", "high_frequency_factor")
 YARN_ONLY = ("beta_fast", "beta_slow")
+ROUTER_ONLY: dict[str, tuple[str, ...]] = {
+    "balance_loss": ("softmax", "sigmoid", "rl_r"),
+    "z_loss": ("softmax", "s_base", "rl_r"),
+    "bias_rate": ("sigmoid",),
+    "sinkhorn_iterations": ("s_base",),
+    "sinkhorn_tolerance": ("s_base",),
+    "gate": ("s_base",),
+    "policy_loss": ("rl_r",),
+    "baseline_loss": ("rl_r",),
+    "entropy_bonus": ("rl_r",),
+    "hash_map": ("hash",),
+}
+"""Settings of model.experts that only some routers read."""
 SCALING = ("factor", "original_context", *LLAMA3_ONLY, *YARN_ONLY)
 
 
@@ -21,10 +34,22 @@ def _model(config: Config) -> dict[KeyPath, str]:
         found |= _all_but(("model", "streams"), Streams, "count", "model.streams.count is 1")
     if model.experts.count == 1:
         found |= _all_but(("model", "experts"), Experts, "count", "model.experts.count is 1")
+    else:
+        found |= _router(model.experts)
     if model.altup.blocks == 1:
         found |= _all_but(("model", "altup"), AltUp, "blocks", "model.altup.blocks is 1")
     unused = {"none": SCALING, "llama3": YARN_ONLY, "yarn": LLAMA3_ONLY}[model.rotary.scaling]
     return found | {("model", "rotary", name): f"model.rotary.scaling is {model.rotary.scaling}" for name in unused}
+
+
+def _router(experts: Experts) -> dict[KeyPath, str]:
+    reason = f"model.experts.router is {experts.router}"
+    found: dict[KeyPath, str] = {
+        ("model", "experts", name): reason for name, routers in ROUTER_ONLY.items() if experts.router not in routers
+    }
+    if experts.router == "hash" and experts.capacity_factor is None:
+        found["model", "experts", "scope"] = f"{reason}, and nothing is dropped"
+    return found
 
 
 def _optimizer(config: Config) -> dict[KeyPath, str]:
@@ -40,6 +65,16 @@ def _optimizer(config: Config) -> dict[KeyPath, str]:
 
 def _rest(config: Config) -> dict[KeyPath, str]:
     found: dict[KeyPath, str] = {}
+    if config.schedule.phases:
+        found |= {("schedule", n): "schedule.phases has its own" for n in Schedule.model_fields if n != "phases"}
+    for index, phase in enumerate(config.schedule.phases):
+        if phase.shape != "wsd":
+            found["schedule", "phases", index, "decay_steps"] = f"its shape is {phase.shape}"
+        if phase.shape == "constant":
+            found["schedule", "phases", index, "final_lr"] = "its shape is constant"
+        if index == 0:
+            for name in ("new_warmup_steps", "reset_optimizer"):
+                found["schedule", "phases", 0, name] = "the first phase has nothing before it"
     if config.schedule.shape != "wsd":
         found["schedule", "decay_steps"] = f"schedule.shape is {config.schedule.shape}"
     if config.schedule.shape == "constant":
@@ -54,8 +89,6 @@ def _rest(config: Config) -> dict[KeyPath, str]:
         found["parallel", "virtual_stages"] = "parallel.schedule is 1f1b"
     if config.parallel.zero_stage == 0:
         found["engine", "deepspeed"] = "parallel.zero_stage is 0"
-    elif config.parallel.zero_stage is None and config.optimizer.name == "muon":
-        found["engine", "deepspeed"] = "optimizer.name is muon, which runs without DeepSpeed"
     if config.profile.steps is None:
         found["profile", "memory"] = "profile.steps is null"
     return found

@@ -20,12 +20,12 @@ def other_ranks(parallel: Parallel) -> int:
 
 
 def zero_stage_of(config: Config, world: int) -> int:
-    """The ZeRO stage of a run on `world` ranks: as set, or 1 with AdamW and several data-parallel ranks, else 0 (no DeepSpeed)."""
+    """The ZeRO stage of a run on `world` ranks: as set, or 1 with several data-parallel ranks, else 0 (no DeepSpeed)."""
     parallel = config.parallel
     if parallel.zero_stage is not None:
         return parallel.zero_stage
     replicas = world // (parallel.pp * parallel.tp)
-    return 1 if replicas > 1 and config.optimizer.name == "adamw" else 0
+    return 1 if replicas > 1 else 0
 
 
 def stage_count(parallel: Parallel) -> int:

@@ -44,7 +44,7 @@ class Streams(Node):
 
 
 class Experts(Node):
-    """Routed feed-forward layers: E experts, k per token, dropless."""
+    """Routed feed-forward layers: E experts, k per token. Routers of arXiv 2202.01169 (s_base, rl_r, hash) and later ones."""
 
     count: int = field(1, "E, number of experts; 1 = dense feed-forward", ge=1)
     per_token: int = field(1, "k, experts each token is sent to", ge=1)
@@ -52,11 +52,41 @@ class Experts(Node):
     offset: int = field(0, "first routed layer", ge=0)
     width: int | None = field(None, "hidden width of one expert; none = model.ffn_width", gt=0)
     shared: int = field(0, "experts that see every token, beside the routed ones", ge=0)
-    router: Literal["softmax"] = field("softmax", "softmax: top-k of the softmax over experts")
-    balance_loss: float = field(0.01, "weight of the balance loss E*sum(f*p)", ge=0)
-    z_loss: float = field(0.001, "weight of the router z-loss, mean of logsumexp^2", ge=0)
+    router: Literal["softmax", "sigmoid", "s_base", "rl_r", "hash"] = field(
+        "softmax",
+        "softmax: top-k of the softmax over experts; sigmoid: top-k of sigmoids plus a balancing bias (DeepSeek-V3); s_base: top-k of "
+        "a Sinkhorn plan; rl_r: choices drawn from the softmax, learned by REINFORCE; hash: fixed by the token's id",
+    )
+    capacity_factor: float | None = field(
+        None,
+        "most choices of an expert in training, as a multiple of its even share; further ones are dropped, their tokens pass by the "
+        "residual; none = nothing is dropped",
+        gt=0,
+    )
+    balance_loss: float | None = field(
+        None, "softmax, sigmoid, rl_r: weight of the balance loss E*sum(f*p); none = 0.01, for sigmoid 0", ge=0
+    )
+    z_loss: float = field(0.001, "softmax, s_base, rl_r: weight of the router z-loss, mean of logsumexp^2", ge=0)
+    bias_rate: float = field(
+        0.001, "sigmoid: how far each expert's bias moves a step, up if it got too few tokens, else down", ge=0
+    )
+    sinkhorn_iterations: int = field(8, "s_base: most Sinkhorn iterations; each is one exchange over the ranks of a stage", ge=1)
+    sinkhorn_tolerance: float | None = field(
+        None,
+        "s_base: a plan whose columns are this near to an even share, relatively, stays as it is; none = always iterate on",
+        gt=0,
+    )
+    gate: Literal["softmax", "sigmoid"] = field("softmax", "s_base: what of a chosen expert's logit weighs its output")
+    policy_loss: float = field(0.01, "rl_r: weight of the REINFORCE loss, our choice: the paper's is not known", ge=0)
+    baseline_loss: float = field(0.01, "rl_r: weight of the baseline's squared error, our choice", ge=0)
+    entropy_bonus: float = field(0.001, "rl_r: weight of the policy's entropy, our choice", ge=0)
+    hash_map: Literal["modulo", "random", "balanced"] = field(
+        "random",
+        "hash: expert of an id: id modulo E; drawn for each id and layer; or drawn so that experts get even shares of the corpora's tokens",
+    )
     scope: Literal["global", "rank"] = field(
-        "global", "tokens over which balance is counted: the global micro-batch, or one rank's"
+        "global",
+        "tokens over which balance, Sinkhorn columns and capacity are counted: the global micro-batch of a stream, or one rank's part",
     )
 
 
@@ -159,6 +189,22 @@ class Optimizer(Node):
     groups: tuple[ParameterGroup, ...] = field((), "settings by parameter name, before the built-in groups")
 
 
+class Phase(Node):
+    """A stretch of the run with its own number of streams and learning rates. Weights, moments and the sample order go on."""
+
+    steps: int = Field(description="optimizer steps of this phase", gt=0)
+    streams: int | None = field(None, "P in this phase: 1, or model.streams.count; none = model.streams.count", ge=1, le=64)
+    lr_scale: float = field(1.0, "multiplies the peak learning rates", gt=0)
+    warmup_steps: int = field(0, "steps of linear warm-up", ge=0)
+    new_warmup_steps: int = field(
+        0, "steps of linear warm-up of the parameters that this phase adds, on top of the schedule", ge=0
+    )
+    shape: Literal["cosine", "wsd", "constant"] = field("cosine", "cosine, wsd (warm-up, stable, linear decay), or constant")
+    decay_steps: int | None = field(None, "wsd: steps of decay at the end; none = a fifth of the steps", gt=0)
+    final_lr: float = field(0.1, "learning rate at the end, as a share of the peak", ge=0, le=1)
+    reset_optimizer: bool = field(False, "moments and step counts start anew")
+
+
 class Schedule(Node):
     """Length of the run and shape of the learning rate."""
 
@@ -167,6 +213,7 @@ class Schedule(Node):
     shape: Literal["cosine", "wsd", "constant"] = field("cosine", "cosine, wsd (warm-up, stable, linear decay), or constant")
     decay_steps: int | None = field(None, "wsd: steps of decay at the end; none = a fifth of the steps", gt=0)
     final_lr: float = field(0.1, "learning rate at the end, as a share of the peak", ge=0, le=1)
+    phases: tuple[Phase, ...] = field((), "phases in order, in place of the fields above; their steps add up to the run's")
 
 
 class Parallel(Node):
@@ -188,7 +235,7 @@ class Parallel(Node):
     zero_stage: Literal[0, 1, 2, 3] | None = field(
         None,
         "what DeepSpeed splits over data-parallel ranks: 1 optimizer state, 2 also gradients, 3 also weights; 0 = plain torch, "
-        "no DeepSpeed; none = 1 with AdamW and several such ranks, else 0",
+        "no DeepSpeed; none = 1 with several such ranks, else 0",
     )
 
 

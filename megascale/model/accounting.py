@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megascale.config.schema import Model
 from megascale.model.decoder import is_routed
+from megascale.model.routers import baseline_width
 
 
 @dataclass(frozen=True)
@@ -53,21 +54,30 @@ def parameters(model: Model) -> Parameters:
     routed = sum(is_routed(layer, model) for layer in range(model.layers))
     dense = model.layers - routed
     expert = 3 * d * (experts.width or 0)  # none without experts
+    router = 0 if experts.router == "hash" else experts.count * d
+    router += baseline_width(model) * (d + 1) * (experts.router == "rl_r")
     several = streams.count > 1
     return Parameters(
         embedding=model.vocab_size * d,
         head=0 if model.tie_embeddings else model.vocab_size * d,
         attention=model.layers * (projections + extras),
         feed_forward=dense * 3 * d * model.ffn_width + routed * (experts.count + experts.shared) * expert,
-        routers=routed * experts.count * d,
+        routers=routed * router,
         norms=(2 * model.layers + 1) * d,
         prefixes=2 * model.layers * streams.count * kv * streams.prefix_tokens * head_dim * several,
         aggregator=((streams.count * d + 1) * d + (d + 1) * streams.count) * several,
         altup=model.layers * (blocks * blocks + blocks) * (blocks > 1),
         matmul_per_token=model.layers * projections
         + dense * 3 * d * model.ffn_width
-        + routed * ((experts.per_token + experts.shared) * expert + experts.count * d),
+        + routed * ((experts.per_token + experts.shared) * expert + router),
     )
+
+
+def active_parameters(model: Model) -> int:
+    """The parameters that one token passes: all but those of the experts that it is not sent to."""
+    routed = sum(is_routed(layer, model) for layer in range(model.layers))
+    experts = model.experts
+    return parameters(model).total - routed * (experts.count - experts.per_token) * 3 * model.width * (experts.width or 0)
 
 
 def flops_per_token(model: Model, visible_keys: float) -> float:

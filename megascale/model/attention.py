@@ -25,12 +25,21 @@ class Packing:
 
 def pack(positions: Tensor, documents: Tensor, model: Model) -> Packing:
     """The packing of a micro-batch from positions and document numbers, both [B, S]."""
+    assert model.head_dim is not None
+    table = rotary_table(positions.flatten(), model.head_dim, model.rotary)
+    return Packing(*table, document_borders(documents), documents.shape[1])
+
+
+def document_borders(documents: Tensor) -> Tensor:
+    """Where documents start in the flattened tokens, and their number of tokens at the end; int32 [documents + 1]. Meta tensors, which
+    have no values (dry runs), count as one document a sequence.
+    """
+    if documents.is_meta:
+        return documents.new_empty(documents.shape[0] + 1, dtype=torch.int32)
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
     first = starts.flatten().nonzero().flatten()
-    borders = torch.cat([first, first.new_tensor([documents.numel()])]).to(torch.int32)
-    assert model.head_dim is not None
-    return Packing(*rotary_table(positions.flatten(), model.head_dim, model.rotary), borders, documents.shape[1])
+    return torch.cat([first, first.new_tensor([documents.numel()])]).to(torch.int32)
 
 
 class KeyValueCache:

@@ -17,23 +17,33 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.model.attention import Attention, KeyValueCache, Packing, pack
+from megascale.model.exchange import Exchange, identity
 from megascale.model.layers import RMSNorm, SwiGLU
+from megascale.model.loss import IGNORED
+from megascale.model.origin import Draw, Origin, origin_of
+from megascale.model.reinforce import join_policies, reinforce
 from megascale.model.residual import AltUpResidual, SingleResidual, contract, expand
 from megascale.model.routing import Experts
 from megascale.model.streams import Aggregator
 from megascale.model.vocabulary import Embedding, Head
 
-FP32_PARAMETERS = ("*norm.weight", "*.router.weight", "*.residual.*")
+FP32_PARAMETERS = ("*norm.weight", "*.router.*", "*.residual.*")
 """Shell patterns of the parameters that stay fp32 when the others are bf16."""
 
 
-AUXILIARY = ("balance", "router_z")
-"""Losses of the routers, by the name in their reports."""
+AUXILIARY = ("balance", "router_z", "entropy")
+"""Losses in the routers' reports (see `Router`); their other entries are named by layer."""
+NO_DRAW = Draw()
 
 
 def is_routed(layer: int, model: Model) -> bool:
     """Whether a layer's feed-forward has experts."""
     return model.experts.count > 1 and layer % model.experts.every == model.experts.offset
+
+
+def layer_metrics(layer: int) -> str:
+    """What the names of a routed layer's metrics start with."""
+    return f"moe/layer_{layer:02d}"
 
 
 class Layer(nn.Module):
@@ -48,26 +58,28 @@ class Layer(nn.Module):
         self.feed_forward = Experts(model) if is_routed(layer, model) else SwiGLU(model.width, model.ffn_width)
         self.residual = AltUpResidual(model.altup, layer) if model.altup.blocks > 1 else SingleResidual()
 
-    def forward(self, state: Tensor, packing: Packing) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, state: Tensor, packing: Packing, origin: Origin) -> tuple[Tensor, dict[str, Tensor]]:
         """The next state, and the router's report (empty for a dense layer)."""
         block, kept = self.residual.read(state)
-        return self._finish(block, kept, self.attention(self.attention_norm(block), packing))
+        return self._finish(block, kept, self.attention(self.attention_norm(block), packing), origin)
 
-    def decode(self, state: Tensor, packing: Packing, cache: KeyValueCache, layer: int) -> Tensor:
+    def decode(self, state: Tensor, packing: Packing, origin: Origin, cache: KeyValueCache, layer: int) -> Tensor:
         """`forward` for the next tokens of cached texts."""
         block, kept = self.residual.read(state)
-        return self._finish(block, kept, self.attention.decode(self.attention_norm(block), packing, cache, layer))[0]
+        return self._finish(block, kept, self.attention.decode(self.attention_norm(block), packing, cache, layer), origin)[0]
 
-    def _finish(self, block: Tensor, kept: Any, attention: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _finish(self, block: Tensor, kept: Any, attention: Tensor, origin: Origin) -> tuple[Tensor, dict[str, Tensor]]:
         attended = block + attention
-        fed, report = self.feed_forward(self.feed_forward_norm(attended)), {}
-        if isinstance(fed, tuple):
-            fed, report = fed
+        normed, report = self.feed_forward_norm(attended), {}
+        if isinstance(self.feed_forward, Experts):
+            fed, report = self.feed_forward(normed, origin)
+        else:
+            fed = self.feed_forward(normed)
         return self.residual.write(kept, attended, attention, fed), report
 
 
-def _run_layer(layer: Layer, state: Tensor, packing: Packing) -> tuple[Tensor, dict[str, Tensor]]:
-    return layer(state, packing)
+def _run_layer(layer: Layer, state: Tensor, packing: Packing, origin: Origin) -> tuple[Tensor, dict[str, Tensor]]:
+    return layer(state, packing, origin)
 
 
 @dataclass(frozen=True)
@@ -77,11 +89,16 @@ class Losses:
     lm: Tensor | None
     """sum of the token losses times the given scale, the same on ranks that share the vocabulary; none but on the last stage"""
     auxiliary: dict[str, Tensor]
-    """balance, router_z: summed over layers, not weighted; the sum over ranks is the loss"""
+    """balance, router_z, entropy: summed over layers, not weighted; the sum over ranks is the loss"""
+    rewarded: dict[str, Tensor]
+    """policy, baseline of rl_r, of the whole model: scaled as lm is, not weighted; the sum over ranks is the loss; empty but on the last
+    stage"""
+    policies: Tensor | None
+    """[T of this rank, P, routed layers, 3] for the next stage (see `megascale.model.reinforce`); none but with rl_r before the last"""
     token_losses: Tensor | None
     """[T] nats, 0 where there is no label; none but on the last stage"""
-    loads: dict[str, Tensor]
-    """moe/layer_NN/load -> [P, E] choices in the routing population"""
+    statistics: dict[str, Tensor]
+    """moe/layer_NN/load -> [P, E], choices of the tokens here; other names -> [2], a sum and its weight"""
     stream_weights: Tensor | None
     """[T of this rank, P] of the aggregator"""
 
@@ -98,7 +115,8 @@ class Decoder(nn.Module):
         super().__init__()
         assert model.vocab_size is not None
         self.config = model
-        self.run_layer: Callable[[Any, Tensor, Packing], tuple[Tensor, dict[str, Tensor]]] = _run_layer
+        self.run_layer: Callable[[Any, Tensor, Packing, Origin], tuple[Tensor, dict[str, Tensor]]] = _run_layer
+        self.share_tokens: Exchange = identity
         self.embedding = Embedding(model.vocab_size, model.width)
         self.layers = nn.ModuleDict({str(i): Layer(model, i) for i in range(model.layers)})
         self.norm = RMSNorm(model.width, model.norm_eps)
@@ -114,22 +132,22 @@ class Decoder(nn.Module):
         return expand(self.embedding(tokens.flatten()), self.config.streams.count, self.config.altup.blocks)
 
     def run(
-        self, state: Tensor, packing: Packing, watch: Callable[[str, Tensor], None] | None = None
+        self, state: Tensor, packing: Packing, origin: Origin, watch: Callable[[str, Tensor], None] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The state behind the layers here, and the routers' reports: summed over layers but for load, which is named by layer.
+        """The state behind the layers here, and the routers' reports: losses summed over layers, the rest named by layer.
 
         `watch` sees each layer's name and the state behind it.
         """
         reports: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            state, report = self.run_layer(layer, state, packing)
+            state, report = self.run_layer(layer, state, packing, origin.at(int(name)))
             if watch is not None:
                 watch(name, state)
             for key, value in report.items():
-                if key == "load":
-                    reports[f"moe/layer_{int(name):02d}/load"] = value
-                else:
+                if key in AUXILIARY:
                     reports[key] = reports[key] + value if key in reports else value
+                else:
+                    reports[f"{layer_metrics(int(name))}/{key}"] = value
         return state, reports
 
     def join(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -144,7 +162,8 @@ class Decoder(nn.Module):
         """Last hidden states [T, d] of tokens [B, S], the aggregator's weights and the routers' reports. `positions` restart at each
         document, `documents` numbers them inside a text; `watch` as in `run`.
         """
-        state, reports = self.run(self.embed(tokens), pack(positions, documents, self.config), watch)
+        packing, origin = pack(positions, documents, self.config), origin_of(tokens, NO_DRAW, self.share_tokens)
+        state, reports = self.run(self.embed(tokens), packing, origin, watch)
         return *self.join(state), reports
 
     def forward(self, tokens: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
@@ -161,23 +180,37 @@ class Decoder(nn.Module):
         labels: Tensor,
         scale: Tensor,
         watch: Callable[[str, Tensor], None] | None = None,
+        draw: Draw = NO_DRAW,
+        policies: Tensor | None = None,
     ) -> tuple[Tensor, Losses]:
         """One stage's part of a micro-batch: from the state of the stage before (none: this is the first) to the next state and the losses.
 
-        labels [B, S] (IGNORED: none); `scale` multiplies each token's loss (one over their number).
+        labels [B, S] (IGNORED: none); `scale` multiplies each token's loss (one over their number); `draw` is for routers that draw;
+        `policies` those of the stage before (see `Losses`).
         """
         state = self.embed(tokens) if state is None else state
-        state, reports = self.run(state, pack(positions, documents, self.config), watch)
+        packing, origin = pack(positions, documents, self.config), origin_of(tokens, draw, self.share_tokens)
+        state, reports = self.run(state, packing, origin, watch)
         auxiliary = {key: reports.pop(key) for key in AUXILIARY if key in reports}
+        routed = [layer for layer in range(self.config.layers) if is_routed(layer, self.config)]
+        found = {layer: reports.pop(name) for layer in routed if (name := f"{layer_metrics(layer)}/policy") in reports}
+        policies = join_policies(policies, found, routed)
         if self.head is None:
-            return state, Losses(None, auxiliary, None, reports, None)
+            return state, Losses(None, auxiliary, {}, policies, None, reports, None)
         x, weights = self.join(state)
         lm, token_losses = self.head.loss(x, labels.flatten(), scale)
-        return state, Losses(lm, auxiliary, token_losses, reports, weights)
+        rewarded: dict[str, Tensor] = {}
+        if policies is not None:
+            reward, labelled = -self.share_tokens(token_losses), self.share_tokens(labels.flatten()) != IGNORED
+            rewarded, noise = reinforce(policies, reward, labelled, scale)
+            reports |= {f"{layer_metrics(layer)}/policy_noise": row for layer, row in zip(routed, noise, strict=True)}
+        return state, Losses(lm, auxiliary, rewarded, None, token_losses, reports, weights)
 
-    def losses(self, tokens: Tensor, positions: Tensor, documents: Tensor, labels: Tensor, scale: Tensor) -> Losses:
+    def losses(
+        self, tokens: Tensor, positions: Tensor, documents: Tensor, labels: Tensor, scale: Tensor, draw: Draw = NO_DRAW
+    ) -> Losses:
         """The losses of a micro-batch of a whole decoder; arguments as in `advance`."""
-        return self.advance(None, tokens, positions, documents, labels, scale)[1]
+        return self.advance(None, tokens, positions, documents, labels, scale, draw=draw)[1]
 
     def decode(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         """Logits [B, V] of the last of m new tokens [B, m] behind the cached ones, which grow by m."""
@@ -185,10 +218,10 @@ class Decoder(nn.Module):
         positions = torch.arange(cache.length, cache.length + new, device=tokens.device).expand(batch, -1)
         packing = pack(positions, torch.zeros_like(positions), self.config)
         assert self.head is not None
-        state = self.embed(tokens)
+        state, origin = self.embed(tokens), origin_of(tokens, NO_DRAW, self.share_tokens)
         for name, layer in self.layers.items():
             assert isinstance(layer, Layer)
-            state = layer.decode(state, packing, cache, int(name))
+            state = layer.decode(state, packing, origin, cache, int(name))
         cache.length += new
         last = state.unflatten(0, (batch, new))[:, -1]
         return self.head(self.join(last)[0])

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Exchange = Callable[[Tensor], Tensor]
 """An exchange point that takes and returns tokens or counts."""
+OrderedExchange = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Takes counts; returns their sum over the ranks whose tokens come before this rank's, and over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,13 @@ def unit_range(units: int, part: int, parts: int) -> range:
 
 
 def identity(x: Tensor) -> Tensor:
-    """gather_tokens, scatter_tokens, population_sum, merge_streams on one device."""
+    """gather_tokens, scatter_tokens, share_tokens, population_sum, merge_streams on one device."""
     return x
+
+
+def only_rank(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """population_order on one device: no tokens come before."""
+    return torch.zeros_like(counts), counts
 
 
 def keep_rows(copies: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, None]:

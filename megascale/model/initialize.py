@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
+from megascale.model.routers import Router
 
 Shape = tuple[int, ...]
 
@@ -69,3 +70,12 @@ def initialize(decoder: nn.Module, model: Model, seed: int) -> None:
     """Fill all parameters of a whole decoder in place."""
     for name, parameter in decoder.named_parameters():
         fill(parameter, name, model, seed, tuple(parameter.shape), (0,) * parameter.ndim)
+    start_routers(decoder, seed)
+
+
+@torch.no_grad()
+def start_routers(decoder: nn.Module, seed: int, id_counts: Tensor | None = None) -> None:
+    """Set the buffers of all routers of a decoder or stage, in place; see `Router.start`."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, Router):
+            module.start(seed, int(name.split(".")[1]), id_counts)

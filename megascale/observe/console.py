@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from megascale.observe.metrics import Record
@@ -72,6 +74,25 @@ def format_line(record: Record, total_steps: int, eta_seconds: float | None) -> 
     return "  ".join(columns)
 
 
+@contextmanager
+def unread(stream: TextIO) -> Iterator[None]:
+    """Whatever is printed after nobody reads the stream any more (its terminal closed, its pipe broke) is dropped: a run, and the
+    checkpoint it saves on a hang-up, are worth more than their console.
+    """
+    try:
+        yield
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # for what is still buffered, which would change the exit code at the end
+        os.close(nowhere)
+
+
+def show(line: str, stream: TextIO) -> None:
+    """Prints a line at once, while somebody reads the stream."""
+    with unread(stream):
+        print(line, file=stream, flush=True)
+
+
 class ConsoleSink:
     """Prints the line of every n-th step, of the last one and of every validation. For rank 0.
 
@@ -96,7 +117,8 @@ class ConsoleSink:
         step = int(record["step"])
         self._seen.append((step, self._clock()))
         if step % self._every == 0 or step == self._total_steps or _validation_losses(record):
-            self._print(format_line(record, self._total_steps, self._eta_seconds(record)))
+            with unread(self._stream):
+                self._print(format_line(record, self._total_steps, self._eta_seconds(record)))
 
     def close(self) -> None:
         """Nothing is pending: every line has been flushed."""

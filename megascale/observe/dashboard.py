@@ -8,13 +8,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from megascale.config.errors import InputError
-from megascale.config.schema import Config
+from megascale.config.inactive import ROUTER_ONLY
+from megascale.config.schema import Config, Experts
 from megascale.observe.metrics import name_regex
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
-Feature = Literal["validation", "streams", "experts", "altup", "accelerator", "known_peak", "cpu"]
+Feature = Literal[
+    "validation",
+    "streams",
+    "experts",
+    "balance_loss",
+    "z_loss",
+    "capacity",
+    "s_base",
+    "rl_r",
+    "altup",
+    "accelerator",
+    "known_peak",
+    "cpu",
+]
 """What a run must have for a panel to show anything. known_peak: a device whose peak FLOP/s is known."""
 
 
@@ -94,8 +108,12 @@ SECTIONS: tuple[Section, ...] = (
             Panel("Busiest expert over mean, by layer", (_ROUTED + "load_max_over_mean",), needs="experts"),
             Panel("Entropy of the load, by layer", (_ROUTED + "load_entropy",), needs="experts"),
             Panel("Idle experts, by layer", (_ROUTED + "idle_experts",), needs="experts"),
-            Panel("Balance loss", ("train/aux/balance",), needs="experts"),
-            Panel("Router z-loss", ("train/aux/router_z",), needs="experts"),
+            Panel("Balance loss", ("train/aux/balance",), needs="balance_loss"),
+            Panel("Router z-loss", ("train/aux/router_z",), needs="z_loss"),
+            Panel("Dropped choices, by layer", (_ROUTED + "dropped_share",), needs="capacity"),
+            Panel("Column error of the Sinkhorn plan, by layer", (_ROUTED + "residual",), needs="s_base"),
+            Panel("Noise of the policy gradient, by layer", (_ROUTED + "policy_noise",), needs="rl_r"),
+            Panel("Losses of the policy", ("train/aux/policy", "train/aux/baseline", "train/aux/entropy"), needs="rl_r"),
         ),
     ),
     Section(
@@ -162,12 +180,25 @@ def run_features(config: Config, on_accelerator: bool, peak_known: bool) -> froz
         "validation": config.validation.every > 0,
         "streams": config.model.streams.count > 1,
         "experts": config.model.experts.count > 1,
+        **_routing_features(config.model.experts),
         "altup": config.model.altup.blocks > 1,
         "accelerator": on_accelerator,
         "cpu": not on_accelerator,
         "known_peak": peak_known,
     }
     return frozenset(feature for feature, is_present in present.items() if is_present)
+
+
+def _routing_features(experts: Experts) -> dict[Feature, bool]:
+    routed, router = experts.count > 1, experts.router
+    by_bias = router == "sigmoid" and not experts.balance_loss
+    return {
+        "balance_loss": routed and router in ROUTER_ONLY["balance_loss"] and not by_bias,
+        "z_loss": routed and router in ROUTER_ONLY["z_loss"],
+        "capacity": routed and experts.capacity_factor is not None,
+        "s_base": routed and router == "s_base",
+        "rl_r": routed and router == "rl_r",
+    }
 
 
 def build_workspace(entity: str, project: str) -> Workspace:

@@ -114,6 +114,12 @@ def agree(store: Store, rank: int, size: int, claim: Claim, timeout_seconds: flo
     raise error from claim.failure
 
 
+def tell(error: InputError) -> None:
+    """Print an error that all ranks are about to raise, on one of them."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    error.told = True
+
+
 # Rank 0 ---------------------------------------------------------------------------------------------------------------
 
 
@@ -124,9 +130,7 @@ def _lead(store: Store, size: int, claim: Claim, timeout_seconds: float) -> Inpu
     answers = {0: _answer(claim, {})} | answers
     error = _missing(missing, timeout_seconds) if missing else _verdict(answers, size)
     if error is not None:
-        # Before the others learn of it: they end at once, and a launcher then ends this process too.
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        error.told = True
+        tell(error)  # before the others learn of it: they end at once, and a launcher then ends this process too
     store.set("verdict", json.dumps(None if error is None else [error.exit_code, error.place, error.reason, error.remedy]))
     if error is not None:
         with suppress(DistError):  # a rank that died since its answer reads no verdict
@@ -154,7 +158,7 @@ def _collect(store: Store, size: int, timeout_seconds: float) -> tuple[dict[int,
 def _missing(missing: list[int], timeout_seconds: float) -> JoinError:
     reason = f"did not start within {timeout_seconds:g} s of rank 0"
     remedy = "their own output, on their host, tells why; if they are only slow, raise guard.timeout_seconds"
-    return JoinError(_ranks(missing), reason, remedy)
+    return JoinError(name_ranks(missing), reason, remedy)
 
 
 def _verdict(answers: dict[int, _Answer], size: int) -> InputError | None:
@@ -188,10 +192,10 @@ def _failed(failures: dict[tuple[str, ...], list[int]], answers: dict[int, _Answ
 def _who(ranks: list[int], answers: dict[int, _Answer]) -> str:
     """`ranks 8-15 on node2`."""
     hosts = list(dict.fromkeys(answers[rank].host for rank in ranks))
-    return f"{_ranks(ranks)} on {', '.join(hosts[:3])}{', ...' if len(hosts) > 3 else ''}"
+    return f"{name_ranks(ranks)} on {', '.join(hosts[:3])}{', ...' if len(hosts) > 3 else ''}"
 
 
-def _ranks(ranks: list[int]) -> str:
+def name_ranks(ranks: list[int]) -> str:
     """`rank 3`, `ranks 0-2, 5`."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from megascale.model.exchange import Exchange
+from megascale.model.exchange import Exchange, OrderedExchange
 from megascale.model.routing import take_rows
 
 
@@ -109,6 +109,23 @@ def total(group: dist.ProcessGroup) -> Exchange:
     """The exchange point population_sum: counts of all ranks of the group."""
     name = group.group_name
     return lambda counts: sum_over(counts, name)
+
+
+def share(group: dist.ProcessGroup) -> Exchange:
+    """The exchange point share_tokens: this rank's share of what every rank of the group has for all tokens."""
+    ranks, rank = group.size(), group.rank()
+    return lambda x: x.unflatten(0, (ranks, -1))[rank]
+
+
+def in_rank_order(group: dist.ProcessGroup) -> OrderedExchange:
+    """The exchange point population_order: counts of the ranks before this one, and of all."""
+    ranks, rank, name = group.size(), group.rank(), group.group_name
+
+    def sums(counts: Tensor) -> tuple[Tensor, Tensor]:
+        everyone = gather_rows(counts[None], ranks, name)
+        return everyone[:rank].sum(0), everyone.sum(0)
+
+    return sums
 
 
 def join_vocabulary(group: dist.ProcessGroup) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -23,6 +23,11 @@ class Device:
     def is_cpu(self) -> bool:
         return self.torch.type == "cpu"
 
+    @property
+    def is_meta(self) -> bool:
+        """Shapes without memory: a dry run."""
+        return self.torch.type == "meta"
+
     def name(self) -> str:
         """The device's model name, for throughput figures and reports."""
         if not self.is_cpu:

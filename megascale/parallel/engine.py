@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,8 @@ class OptimizerGroup:
     weight_decay: float
     parameters: dict[str, nn.Parameter]
     """by global name"""
+    new: bool = False
+    """added by the phase under way"""
 
 
 class Engine(Protocol):
@@ -44,8 +46,8 @@ class Engine(Protocol):
     def gradient_norm(self) -> float:
         """Finish the reduction and return the global norm, before clipping; the same on all ranks."""
 
-    def step(self, lr_scale: float) -> None:
-        """Clip, update with lr_scale times each group's peak learning rate, and forget the gradients."""
+    def step(self, lr_scale: float, new_scale: float = 1.0) -> None:
+        """Clip, update with lr_scale times each group's peak learning rate (new groups: times new_scale), and forget the gradients."""
 
     def skip(self) -> None:
         """Forget the gradients and change nothing else."""
@@ -53,5 +55,10 @@ class Engine(Protocol):
     def rectangles(self) -> Iterable[Rectangle]:
         """The weights (fp32 masters) and optimizer state that this rank writes into a checkpoint."""
 
-    def load(self, reader: CheckpointReader) -> None:
-        """Restore what `rectangles` wrote, in any layout and by any engine."""
+    def load(self, reader: CheckpointReader, new: Collection[str] = (), moments: bool = True) -> None:
+        """Restore what `rectangles` wrote, in any layout and by any engine.
+
+        Args:
+            new: names of parameters that the checkpoint need not have: they keep their weights and have no moments yet.
+            moments: also the optimizer's state; without, it starts anew.
+        """

@@ -6,7 +6,7 @@ in the same order: edp x ep, ep fastest, so that expert-parallel ranks are neigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megascale.config.layout import WORLD_AXES, data_parallel_ranks
 from megascale.config.schema import Model, Parallel
+from megascale.parallel.charge import charged_to
 from megascale.parallel.device import Device
 from megascale.parallel.world import World
 
@@ -56,10 +57,15 @@ class Layout:
 
     def along(self, rank: int, *axes: str) -> Ranks:
         """The ranks that differ from `rank` on these axes only."""
-        found = [self.place(rank)]
+        place, found = self.place(rank), [rank]
         for axis in axes:
-            found = [{**place, axis: i} for place in found for i in range(self.sizes[axis])]
-        return tuple(sorted({self.rank(place) for place in found}))
+            step = self.step(axis)
+            found = [other + (i - place[axis]) * step for other in found for i in range(self.sizes[axis])]
+        return tuple(sorted(found))
+
+    def step(self, axis: str) -> int:
+        """How far apart neighbours on an axis are, in ranks."""
+        return prod(self.sizes[faster] for faster in WORLD_AXES[WORLD_AXES.index(axis) + 1 :])
 
     def expert_peers(self, rank: int) -> Ranks:
         """ep: the ranks of the stage among which the experts are spread."""
@@ -118,7 +124,8 @@ class Mesh:
         """The sum over the ranks along these axes, in place."""
         ranks = self.along(*axes)
         if len(ranks) > 1:
-            dist.all_reduce(x, group=self.group(ranks))
+            with charged_to("world"):
+                dist.all_reduce(x, group=self.group(ranks))
         return x
 
     def group(self, ranks: Ranks) -> dist.ProcessGroup:
@@ -156,7 +163,7 @@ def open_mesh(parallel: Parallel, model: Model, world: World) -> Mesh:
         lambda rank: layout.over_data(layout.ends(rank)),
     )
     # every group is made by all ranks in one order: each rank finds the same list by arithmetic
-    wanted = sorted({ranks for kind in kinds for rank in range(layout.world) if len(ranks := kind(rank)) > 1})
+    wanted = sorted({ranks for kind in kinds for ranks in _partition(kind, layout.world) if len(ranks) > 1})
     groups = {}
     for ranks in wanted:
         everyone = len(ranks) == layout.world
@@ -165,3 +172,12 @@ def open_mesh(parallel: Parallel, model: Model, world: World) -> Mesh:
             assert group is not None
             groups[ranks] = group
     return Mesh(world, layout, groups)
+
+
+def _partition(kind: Callable[[int], Ranks], world: int) -> Iterator[Ranks]:
+    """All groups of a kind. Each rank is in one of them, so that a group is computed once, not once for each of its ranks."""
+    seen: set[int] = set()
+    for rank in range(world):
+        if rank not in seen:
+            seen.update(ranks := kind(rank))
+            yield ranks

@@ -17,9 +17,12 @@ from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterle
 from megascale.config.layout import stage_count
 from megascale.config.schema import Config
 from megascale.data.batches import MicroBatch
-from megascale.model.decoder import Decoder, Losses
+from megascale.model.decoder import Decoder, Losses, is_routed
+from megascale.model.origin import Draw
+from megascale.model.reinforce import NUMBERS
+from megascale.model.routers import loss_weights
 from megascale.parallel.engine import Engine
-from megascale.parallel.mesh import Mesh
+from megascale.parallel.mesh import DATA, Mesh
 
 Observe = Callable[[Losses, float], None]
 """Sees the losses of a micro-batch on a stage, and the micro-batch's share of the step's loss tokens."""
@@ -52,18 +55,26 @@ class _Step:
         scale: Tensor,
         weights: Mapping[str, float],
         observe: Observe,
+        draws: Sequence[Draw],
     ):
         self.micro_batches, self.shares, self.scale, self.weights, self.observe = micro_batches, shares, scale, weights, observe
+        self.draws = draws
 
-    def advance(self, decoder: Decoder, state: Tensor | None, number: int) -> Tensor:
-        """One micro-batch through one stage: its state, or the loss [1] behind the last stage; both carry the routers' losses."""
+    def advance(
+        self, decoder: Decoder, state: Tensor | None, number: int, policies: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One micro-batch through one stage: its state, or the loss [1] behind the last stage; both carry the routers' losses. With rl_r
+        also the routers' policies, for the next stage.
+        """
         micro, share = self.micro_batches[number].to(self.scale.device), self.shares[number]
-        state, losses = decoder.advance(state, micro.tokens, micro.positions, micro.documents, micro.labels, self.scale)
+        inputs = (micro.tokens, micro.positions, micro.documents, micro.labels, self.scale)
+        state, losses = decoder.advance(state, *inputs, draw=self.draws[number], policies=policies)
         self.observe(losses, share)
         auxiliary = [value * (self.weights[name] * share) for name, value in losses.auxiliary.items()]
+        auxiliary += [value * self.weights[name] for name, value in losses.rewarded.items()]
         if losses.lm is not None:
-            return sum(auxiliary, losses.lm).reshape(1)
-        return attach_loss(state, torch.stack(auxiliary).sum()) if auxiliary else state
+            return sum(auxiliary, losses.lm).reshape(1), None
+        return (attach_loss(state, torch.stack(auxiliary).sum()) if auxiliary else state), losses.policies
 
 
 def _the_loss(loss: Tensor, _target: Tensor) -> Tensor:
@@ -78,10 +89,16 @@ class _StageModule(nn.Module):
         super().__init__()
         self.decoder, self.stages = decoder, stages
 
-    def forward(self, state: Tensor, number: Tensor) -> Tensor:
-        assert self.stages.step is not None
-        first = self.decoder.embedding is not None
-        return self.stages.step.advance(self.decoder, None if first else state, int(number))
+    def forward(self, state: Tensor, policies: Tensor | None = None, *, number: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        stages = self.stages
+        assert stages.step is not None
+        first, last = self.decoder.embedding is not None, self.decoder.head is not None
+        state, policies = stages.step.advance(self.decoder, None if first else state, int(number), policies)
+        if last or not stages.has_policies:
+            return state
+        if policies is None:  # no routed layer so far
+            policies = stages.empty_policies(state.shape[0], state.device)
+        return state, policies
 
 
 class Stages:
@@ -91,7 +108,8 @@ class Stages:
         self.decoders, self.config, self.mesh = decoders, config, mesh
         self.count = stage_count(config.parallel)
         experts = config.model.experts
-        self.weights = {"balance": experts.balance_loss, "router_z": experts.z_loss}
+        self.weights = loss_weights(experts)
+        self.has_policies = experts.count > 1 and experts.router == "rl_r"
         self.step: _Step | None = None
         self.schedules: dict[tuple[int, int], Schedule1F1B | ScheduleInterleaved1F1B] = {}
 
@@ -105,7 +123,13 @@ class Stages:
         return self.count - 1 in self.decoders
 
     def gradients(
-        self, micro_batches: Sequence[MicroBatch], shares: Sequence[float], scale: Tensor, engine: Engine, observe: Observe
+        self,
+        micro_batches: Sequence[MicroBatch],
+        shares: Sequence[float],
+        scale: Tensor,
+        engine: Engine,
+        observe: Observe,
+        step_number: int = 0,
     ) -> None:
         """Forward and backward of all micro-batches of a step.
 
@@ -113,13 +137,14 @@ class Stages:
             shares: of the step's loss tokens, by micro-batch; they weigh the routers' losses.
             scale: one over the step's loss tokens.
             observe: called once for each micro-batch and stage here.
+            step_number: of the step in the run, for routers that draw.
         """
-        step = _Step(micro_batches, shares, scale, self.weights, observe)
+        step = _Step(micro_batches, shares, scale, self.weights, observe, self._draws(micro_batches, step_number))
         engine.begin()
         if self.mesh.size("pp") == 1:
             (decoder,) = self.modules()
             for number in range(len(micro_batches)):
-                engine.backward(step.advance(decoder, None, number), last=number == len(micro_batches) - 1)
+                engine.backward(step.advance(decoder, None, number)[0], last=number == len(micro_batches) - 1)
             return
         self.step = step
         numbers = torch.arange(len(micro_batches))
@@ -127,6 +152,13 @@ class Stages:
         schedule = self._schedule(len(micro_batches), micro_batches[0].tokens.numel())
         schedule.step(numbers, number=numbers, target=numbers, return_outputs=False)
         self.step = None
+
+    def _draws(self, micro_batches: Sequence[MicroBatch], step_number: int) -> list[Draw]:
+        """Where the draws of each micro-batch of this rank stand: its sequences are the rank's share of the global micro-batch."""
+        readers = self.mesh.along(*DATA)
+        first, sequences = readers.index(self.mesh.world.rank), micro_batches[0].tokens.shape[0]
+        numbers = range(len(micro_batches))
+        return [Draw(self.config.run.seed, step_number, (number * len(readers) + first) * sequences) for number in numbers]
 
     def _schedule(self, micro_batches: int, tokens: int) -> Schedule1F1B | ScheduleInterleaved1F1B:
         key = (micro_batches, tokens)
@@ -141,9 +173,10 @@ class Stages:
 
     def _stage(self, stage: int, decoder: Decoder, tokens: int) -> PipelineStage:
         state = self._empty_state(tokens, "meta").requires_grad_()
+        between = (state, self.empty_policies(state.shape[0], "meta")) if self.has_policies else (state,)
         # shapes are told, not found out: torch would run the model once more for that
-        before = torch.zeros(1, dtype=torch.int64, device="meta") if stage == 0 else state
-        after = torch.zeros(1, device="meta", requires_grad=True) if stage == self.count - 1 else state
+        before = (torch.zeros(1, dtype=torch.int64, device="meta"),) if stage == 0 else between
+        after = (torch.zeros(1, device="meta", requires_grad=True),) if stage == self.count - 1 else between
         device, group = self.mesh.world.device.torch, self.mesh.group(self.mesh.along("pp"))
         return PipelineStage(_StageModule(decoder, self), stage, self.count, device, before, after, group=group)
 
@@ -151,6 +184,12 @@ class Stages:
         model, dtype = self.config.model, torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         shape = (tokens // self.mesh.size("tp"), model.streams.count, model.altup.blocks, model.width)
         return torch.empty(shape, dtype=dtype, device=device)
+
+    def empty_policies(self, tokens: int, device: torch.device | str) -> Tensor:
+        """Policies before the first routed layer, of this many tokens of this rank; with a gradient, as the schedules send one back."""
+        model = self.config.model
+        routed = sum(is_routed(layer, model) for layer in range(model.layers))
+        return torch.zeros(tokens, model.streams.count, routed, NUMBERS, device=device).requires_grad_()
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, watch: Watch | None = None) -> Tensor | None:

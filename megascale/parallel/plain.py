@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from megascale.checkpoint.layout import Rectangle
 from megascale.checkpoint.load import CheckpointReader
 from megascale.config.schema import Muon
 from megascale.config.schema import Optimizer as OptimizerConfig
+from megascale.parallel.charge import charged_to
 from megascale.parallel.engine import OptimizerGroup
 from megascale.parallel.mesh import Mesh, Ranks
 from megascale.parallel.placement import Placement
@@ -65,7 +66,7 @@ class PlainEngine:
         self.masters = {name: p if p.dtype == torch.float32 else nn.Parameter(weights[name]) for name, p in parameters.items()}
         self.leaves: dict[str, list[nn.Parameter]] = {}
         self.optimizers: list[torch.optim.Optimizer] = []
-        self.peak_lr: list[tuple[dict, float]] = []
+        self.torch_groups: list[tuple[dict, OptimizerGroup]] = []
         for kind in ("adamw", "muon"):
             self._add_optimizer(kind, [group for group in groups if group.optimizer == kind and group.parameters], config)
 
@@ -94,7 +95,8 @@ class PlainEngine:
 
     def _reduce(self, bucket: _Bucket) -> None:
         if len(bucket.holders) > 1:
-            bucket.work = dist.all_reduce(bucket.flat, group=self.mesh.group(bucket.holders), async_op=True)
+            with charged_to("dp"):
+                bucket.work = dist.all_reduce(bucket.flat, group=self.mesh.group(bucket.holders), async_op=True)
 
     def _add_optimizer(self, kind: str, groups: Sequence[OptimizerGroup], config: OptimizerConfig) -> None:
         if not groups:
@@ -110,12 +112,13 @@ class PlainEngine:
             leaves = [leaf for name in group.parameters for leaf in self.leaves[name]]
             options.append({"params": leaves, "lr": group.lr, "weight_decay": group.weight_decay})
         if kind == "adamw":
-            optimizer: torch.optim.Optimizer = torch.optim.AdamW(options, betas=config.betas, eps=config.eps, fused=True)
+            fused = not self.mesh.world.device.is_meta  # a dry run never steps, but torch would refuse already here
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(options, betas=config.betas, eps=config.eps, fused=fused)
         else:
             muon = config.muon or Muon()
             optimizer = torch.optim.Muon(options, momentum=muon.momentum, ns_steps=muon.iterations)
         self.optimizers.append(optimizer)
-        self.peak_lr += [(torch_group, group.lr) for torch_group, group in zip(optimizer.param_groups, groups, strict=True)]
+        self.torch_groups += zip(optimizer.param_groups, groups, strict=True)
 
     def _leaf_views(self, name: str, x: Tensor | None) -> list[Tensor]:
         assert x is not None
@@ -132,17 +135,19 @@ class PlainEngine:
 
     def gradient_norm(self) -> float:
         """See `Engine`. One host synchronisation: the guard must know the norm before the update."""
+        self.norm = self.reduce()
+        return float(self.norm)
+
+    def reduce(self) -> Tensor:
+        """Finish the reduction; the global norm, on the device."""
         for bucket in self.buckets:
-            if (
-                bucket.work is None
-            ):  # not during the backward pass: a pipeline ran, or a parameter in it had no gradient on this rank
+            if bucket.work is None:  # not reduced yet: a pipeline ran, or a parameter in it had no gradient on this rank
                 self._reduce(bucket)
         for bucket in self.buckets:
             if bucket.work is not None:
                 bucket.work.wait()
             bucket.work, bucket.waiting = None, bucket.size
-        self.norm = self._norm()
-        return float(self.norm)
+        return self._norm()
 
     def _norm(self) -> Tensor:
         """Of the global gradient: each piece counts once, whoever holds it."""
@@ -153,18 +158,22 @@ class PlainEngine:
         return world.sum(torch.stack(squares).sum()).sqrt().float()
 
     @torch.no_grad()
-    def step(self, lr_scale: float) -> None:
+    def step(self, lr_scale: float, new_scale: float = 1.0) -> None:
         """See `Engine`."""
-        if self.clip is not None:
-            torch._foreach_mul_(list(self.flats.values()), (self.clip / self.norm).clamp(max=1.0))
-        for torch_group, lr in self.peak_lr:
-            torch_group["lr"] = lr * lr_scale
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self._update(lr_scale, new_scale)
         bf16 = [name for name, p in self.trained.items() if p is not self.masters[name]]
         if bf16:
             torch._foreach_copy_([self.parameters[name].data for name in bf16], [self.masters[name].data for name in bf16])
         torch._foreach_zero_(list(self.flats.values()))
+
+    def _update(self, lr_scale: float, new_scale: float) -> None:
+        """Clip, and update the masters."""
+        if self.clip is not None:
+            torch._foreach_mul_(list(self.flats.values()), (self.clip / self.norm).clamp(max=1.0))
+        for torch_group, group in self.torch_groups:
+            torch_group["lr"] = group.lr * lr_scale * (new_scale if group.new else 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def skip(self) -> None:
         """See `Engine`."""
@@ -197,18 +206,20 @@ class PlainEngine:
                         yield Rectangle(f"{kind}/{name}", place.global_shape, (place.offsets[0] + e, 0, 0), tensor[None])
 
     @torch.no_grad()
-    def load(self, reader: CheckpointReader) -> None:
+    def load(self, reader: CheckpointReader, new: Collection[str] = (), moments: bool = True) -> None:
         """See `Engine`."""
         names = set(reader.names())
         for name, master in self.masters.items():
+            if name in new:
+                continue
             master.copy_(reader.read(f"model/{name}", self.placements[name].offsets, tuple(master.shape)))
             self.parameters[name].copy_(master)
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers if moments else ():
             prefix = type(optimizer).__name__.lower()
             kinds = {key.split("/", 1)[0] for key in names if key.startswith(f"{prefix}.")}
             for name, leaves in self.leaves.items():
                 mine = [leaf for leaf in leaves if any(leaf is p for g in optimizer.param_groups for p in g["params"])]
-                for kind in kinds if mine else ():
+                for kind in kinds if mine and name not in new else ():
                     saved = self._read_state(reader, f"{kind}/{name}", name)
                     parts = [saved] if len(leaves) == 1 else list(saved.unbind())
                     for leaf, part in zip(leaves, parts, strict=True):

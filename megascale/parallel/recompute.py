@@ -9,11 +9,12 @@ from torch.utils.checkpoint import checkpoint
 
 from megascale.model.attention import Packing
 from megascale.model.decoder import Decoder, Layer
+from megascale.model.origin import Origin
 
 
-def _recomputed_layer(layer: Layer, state: Tensor, packing: Packing) -> tuple[Tensor, dict[str, Any]]:
+def _recomputed_layer(layer: Layer, state: Tensor, packing: Packing, origin: Origin) -> tuple[Tensor, dict[str, Any]]:
     # the model draws no random numbers from torch's generators, so their state need not be kept
-    return checkpoint(layer, state, packing, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(layer, state, packing, origin, use_reentrant=False, preserve_rng_state=False)
 
 
 def apply_recompute(decoder: Decoder, mode: str) -> None:

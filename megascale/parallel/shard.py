@@ -11,7 +11,7 @@ from megascale.config.layout import stage_count, stage_layers
 from megascale.config.schema import Config, Model, Parallel
 from megascale.model.decoder import Decoder
 from megascale.model.exchange import Split, unit_range
-from megascale.model.initialize import fill
+from megascale.model.initialize import fill, start_routers
 from megascale.model.vocabulary import Embedding, Head
 from megascale.parallel.mesh import DATA, STAGE, Mesh, Ranks
 from megascale.parallel.placement import Placement
@@ -110,13 +110,19 @@ def _note_rows(decoder: Decoder, placements: Mapping[str, Placement]) -> None:
 
 
 def materialise(decoder: Decoder, placements: Mapping[str, Placement], seed: int, device: torch.device) -> None:
-    """Give a sharded stage memory on the device and its initial weights, drawn from (seed, global name, rows), its own alone."""
+    """Give a sharded stage memory on the device and its initial weights, drawn from (seed, global name, rows), its own alone.
+
+    On the meta device (dry runs) there is neither.
+    """
+    if device.type == "meta":
+        return
     decoder.to_empty(device=device)
     if decoder.config.tie_embeddings and decoder.embedding is not None and decoder.head is not None:
         decoder.head.weight = decoder.embedding.weight  # to_empty has parted them
     for name, parameter in named_parameters(decoder).items():
         place = placements[name]
         fill(parameter, name, decoder.config, seed, place.global_shape, place.offsets)
+    start_routers(decoder, seed)
 
 
 def own_stages(config: Config, mesh: Mesh) -> range:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping, MutableMapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from megascale.config.errors import InputError
 from megascale.parallel.agreement import Claim, JoinError, agree
+from megascale.parallel.charge import charged_to
 from megascale.parallel.device import Device, choose_device
 
 
@@ -30,7 +30,8 @@ class World:
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all ranks, in place; x lies on the device or on the CPU."""
         if self.size > 1:
-            dist.all_reduce(x)
+            with charged_to("world"):
+                dist.all_reduce(x)
         return x
 
     def gather(self, thing: Any) -> list[Any]:
@@ -94,7 +95,7 @@ def start_world(timeout_seconds: float, claim: Claim) -> World:
     facts = {**claim.facts, "launch": launch} if claim.facts else {}
     agree(dist.PrefixStore("agreement", store), rank, size, Claim(facts, claim.failure), timeout_seconds)
     if local_size < size:
-        choose_interface(os.environ)
+        choose_interface(dist.PrefixStore("interface", store), rank, size, os.environ)
     dist.init_process_group(
         device.backend,
         store=dist.PrefixStore("world", store),
@@ -126,19 +127,32 @@ def _meet(rank: int, size: int, timeout_seconds: float) -> dist.Store:
         ) from error
 
 
-def choose_interface(environment: MutableMapping[str, str]) -> None:
-    """Let gloo use the network interface that leads to MASTER_ADDR, unless GLOO_SOCKET_IFNAME is set.
+def choose_interface(store: dist.Store, rank: int, size: int, environment: MutableMapping[str, str]) -> None:
+    """Let gloo use the network interface that leads to the other ranks, unless GLOO_SOCKET_IFNAME is set. All ranks call it.
 
     Gloo takes the address of this host's name, which on Debian and its relatives is a loopback address: no other host reaches it.
+    So each rank takes the address from which it reaches MASTER_ADDR. On the host of that name this may be loopback again; there it
+    takes the address from which it reaches a rank elsewhere.
     """
-    if "GLOO_SOCKET_IFNAME" in environment:
-        return
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):  # an IPv6 host: gloo decides
-        probe.connect((environment["MASTER_ADDR"], int(environment["MASTER_PORT"])))  # sends nothing
-        own = probe.getsockname()[0]
-        names = [name for name, rows in psutil.net_if_addrs().items() if any(row.address == own for row in rows)]
-        if names:
-            environment["GLOO_SOCKET_IFNAME"] = names[0]
+    own = _address_towards(environment["MASTER_ADDR"])
+    store.set(f"address/{rank}", own)
+    if own.startswith("127."):
+        others = (store.get(f"address/{other}").decode() for other in range(size))
+        elsewhere = next((address for address in others if address and not address.startswith("127.")), None)
+        own = _address_towards(elsewhere) if elsewhere else own
+    names = [name for name, rows in psutil.net_if_addrs().items() if any(row.address == own for row in rows)]
+    if names:
+        environment.setdefault("GLOO_SOCKET_IFNAME", names[0])
+
+
+def _address_towards(host: str) -> str:
+    """This host's IPv4 address on the way to another one; empty if there is none (gloo decides then). Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # any port
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0])
 
 
 def end_world(world: World) -> None:

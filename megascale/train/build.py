@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from megascale.config.layout import zero_stage_of
-from megascale.config.schema import Config
+from megascale.config.schema import Config, Model
 from megascale.data.open_data import OpenData, open_data
 from megascale.model.decoder import FP32_PARAMETERS, Decoder
+from megascale.model.initialize import start_routers
 from megascale.parallel.apply import apply
-from megascale.parallel.engine import Engine
+from megascale.parallel.engine import Engine, OptimizerGroup
 from megascale.parallel.mesh import Mesh
 from megascale.parallel.pipeline import Stages
 from megascale.parallel.placement import Placement
@@ -23,6 +24,7 @@ from megascale.parallel.recompute import apply_recompute
 from megascale.parallel.shard import cut, materialise, named_parameters, own_stages, shard, whole_on_meta
 from megascale.train.compiling import compile_layers
 from megascale.train.groups import optimizer_groups
+from megascale.train.unigrams import unigram_counts
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Parts:
     mesh: Mesh
     stages: Stages
     engine: Engine
+    new: frozenset[str] = frozenset()
+    """names of the parameters that the phase before did not have"""
 
 
 def open_run_data(config: Config) -> tuple[Config, OpenData]:
@@ -74,20 +78,62 @@ def build_stages(config: Config, mesh: Mesh) -> tuple[Stages, dict[str, nn.Param
     return Stages(decoders, config, mesh), parameters, placements
 
 
-def build(config: Config, data: OpenData, mesh: Mesh, say: Callable[[str], None]) -> Parts:
-    """Build this rank's part of the model, connected for the layout and compiled, and its engine. `config` knows the vocabulary's size."""
+def _balance_hash_tables(stages: Stages, data: OpenData, config: Config) -> None:
+    """Draw the tables that balance by the corpora's frequencies; a resumed run reads its own from the checkpoint afterwards."""
+    experts = config.model.experts
+    if experts.count == 1 or experts.router != "hash" or experts.hash_map != "balanced":
+        return
+    assert config.model.vocab_size is not None
+    counts = unigram_counts(data.train, config.model.vocab_size)
+    for decoder in stages.modules():
+        start_routers(decoder, config.run.seed, counts)
+
+
+def build(config: Config, data: OpenData, mesh: Mesh, say: Callable[[str], None], before: Model | None = None) -> Parts:
+    """Build this rank's part of the model, connected for the layout and compiled, and its engine.
+
+    Args:
+        config: of the phase; knows the vocabulary's size.
+        before: the model of the phase before; none in the first one.
+    """
     stages, parameters, placements = build_stages(config, mesh)
-    everywhere = {name: p.ndim for name, p in named_parameters(whole_on_meta(config.model)).items()}
-    groups = optimizer_groups(parameters.items(), config.optimizer, everywhere)
+    _balance_hash_tables(stages, data, config)
+    shapes = _shapes(config.model)
+    known = shapes if before is None else _shapes(before)
+    new = frozenset(name for name, shape in shapes.items() if known.get(name) != shape)
+    everywhere = {name: len(shape) for name, shape in shapes.items()}
+    groups = optimizer_groups(parameters.items(), config.optimizer, everywhere, new)
     weights = cast(parameters, config.precision)
     compile_layers(stages.modules(), config.compile, mesh.world.device.torch, say)
     zero = zero_stage_of(config, mesh.world.size)
     if zero == 0:
         engine: Engine = PlainEngine(groups, weights, parameters, placements, config.optimizer, mesh)
     else:
-        from megascale.parallel.zero import ZeroEngine  # DeepSpeed takes seconds to import
-
-        model = nn.ModuleList(stages.modules())
-        engine = ZeroEngine(model, groups, weights, parameters, placements, config.optimizer, mesh, zero, config.engine.deepspeed)
+        engine = _zero_engine(stages, groups, weights, parameters, placements, config, mesh, zero)
     say(f"engine: {f'DeepSpeed, ZeRO {zero}' if zero else 'plain torch (ZeRO 0)'}")
-    return Parts(config, data, mesh, stages, engine)
+    return Parts(config, data, mesh, stages, engine, new)
+
+
+def _zero_engine(
+    stages: Stages,
+    groups: list[OptimizerGroup],
+    weights: dict[str, Tensor],
+    parameters: dict[str, nn.Parameter],
+    placements: dict[str, Placement],
+    config: Config,
+    mesh: Mesh,
+    stage: int,
+) -> Engine:
+    # DeepSpeed takes seconds to import
+    from megascale.parallel.shared_muon import ZeroMuonEngine
+    from megascale.parallel.zero import ZeroEngine
+
+    has_matrices = any(group.parameters for group in groups if group.optimizer == "muon")
+    kind: type[ZeroMuonEngine] | type[ZeroEngine] = ZeroMuonEngine if has_matrices else ZeroEngine
+    model = nn.ModuleList(stages.modules())
+    return kind(model, groups, weights, parameters, placements, config.optimizer, mesh, stage, config.engine.deepspeed)
+
+
+def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Of all parameters, by global name."""
+    return {name: tuple(p.shape) for name, p in named_parameters(whole_on_meta(model)).items()}

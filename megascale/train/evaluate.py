@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from megascale.config.errors import InputError
 from megascale.data.batches import IGNORED, Rows, SequenceSet
 from megascale.data.corpus import Split
-from megascale.train.load_run import LoadedRun
+from megascale.train.load_run import LoadedModel
 from megascale.train.validate import held_out_loss
 
 
@@ -50,7 +51,7 @@ class SlidingWindows(SequenceSet):
         return SequenceSet(self.name, rest, self.length, self.attention, self.vocab_size, True).rows(np.zeros(1, np.int64))
 
 
-def evaluate(run: LoadedRun, sequences: SequenceSet, count: int | None, stride: int | None) -> dict[str, Any]:
+def evaluate(run: LoadedModel, sequences: SequenceSet, count: int | None, stride: int | None) -> dict[str, Any]:
     """Loss of a run on a set of sequences.
 
     Args:
@@ -66,7 +67,7 @@ def evaluate(run: LoadedRun, sequences: SequenceSet, count: int | None, stride: 
             sequences.name, split, sequences.length, sequences.attention, sequences.vocab_size, True, stride
         )
     stages = run.stages
-    found = held_out_loss(stages, sequences, len(sequences) if count is None else count, run.data.token_bytes, stages.mesh)
+    found = held_out_loss(stages, sequences, len(sequences) if count is None else count, run.token_bytes, stages.mesh)
     loss, bits = found["loss"], found.get("bits_per_byte")
     return {
         "loss": loss,
@@ -77,7 +78,7 @@ def evaluate(run: LoadedRun, sequences: SequenceSet, count: int | None, stride: 
     }
 
 
-def text_sequences(run: LoadedRun, path: Path) -> SequenceSet:
+def text_sequences(run: LoadedModel, path: Path) -> SequenceSet:
     """A text file as one held-out document.
 
     Raises:
@@ -92,19 +93,21 @@ def text_sequences(run: LoadedRun, path: Path) -> SequenceSet:
     ids = np.array(run.encode(text), np.int64)
     if len(ids) < 2:
         raise InputError(str(path), "holds too little text to score", "name a longer file")
-    split = Split(str(path), ids, np.zeros(1, np.int64), None, len(ids), run.starts_with_separator)
-    return SequenceSet(str(path), split, run.config.data.sequence_length, run.config.data.attention, run.data.vocab_size, True)
+    split = Split(str(path), ids, np.zeros(1, np.int64), None, len(ids), bool(run.start))
+    size = run.config.model.vocab_size
+    assert size is not None
+    return SequenceSet(str(path), split, run.config.data.sequence_length, run.config.data.attention, size, True)
 
 
-def validation_sequences(run: LoadedRun, source: str | None) -> dict[str, SequenceSet]:
+def validation_sequences(run: LoadedModel, source: str | None) -> Mapping[str, SequenceSet]:
     """The held-out sequences of all sources, or of one.
 
     Raises:
         InputError: nothing is held out, or no such source.
     """
-    held_out = run.data.validation
+    held_out = run.validation
     if not held_out:
-        raise InputError(str(run.folder), "its corpora hold nothing out", "give files: --text FILE")
+        raise InputError(str(run.folder), "there is no held-out text", "give files: --text FILE")
     if source is None:
         return held_out
     if source not in held_out:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -13,7 +13,7 @@ from megascale.parallel.engine import OptimizerGroup
 
 BUILT_IN = (
     ("prefixes", ParameterGroup(pattern="layers.*.attention.prefix_*", weight_decay=0.0)),
-    ("routers", ParameterGroup(pattern="layers.*.router.weight", weight_decay=0.0)),
+    ("routers", ParameterGroup(pattern="layers.*.router.*", weight_decay=0.0)),
     ("embeddings", ParameterGroup(pattern="embedding.weight")),
     ("head", ParameterGroup(pattern="head.weight")),
 )
@@ -37,7 +37,10 @@ def _named(name: str, dims: int, optimizer: Optimizer) -> tuple[str, ParameterGr
 
 
 def optimizer_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], optimizer: Optimizer, everywhere: Mapping[str, int] | None = None
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    optimizer: Optimizer,
+    everywhere: Mapping[str, int] | None = None,
+    new: Container[str] = (),
 ) -> list[OptimizerGroup]:
     """The groups of all trained parameters, in a fixed order; frozen parameters lose requires_grad and are left out.
 
@@ -45,6 +48,7 @@ def optimizer_groups(
         parameters: of this rank, by global name.
         everywhere: name -> dimensions of the parameters of all ranks, so that all have the same groups (some of them empty here); none =
             this rank has them all.
+        new: names of parameters that the phase under way adds; they form groups of their own, NAME_new.
 
     Raises:
         InputError: a pattern of `optimizer.groups` matches no parameter, or everything is frozen.
@@ -62,7 +66,7 @@ def optimizer_groups(
             here[name].requires_grad_(not settings.frozen)
         if settings.frozen:
             continue
-        group = _group(name, ndim, group_name, settings, optimizer)
+        group = _group(name, ndim, group_name, settings, optimizer, name in new)
         members = found.setdefault(group.name, group).parameters
         if name in here:
             members[name] = here[name]
@@ -73,7 +77,7 @@ def optimizer_groups(
     return list(found.values())
 
 
-def _group(name: str, ndim: int, group_name: str, settings: ParameterGroup, optimizer: Optimizer) -> OptimizerGroup:
+def _group(name: str, ndim: int, group_name: str, settings: ParameterGroup, optimizer: Optimizer, new: bool) -> OptimizerGroup:
     """The group of one parameter, still empty."""
     muon = optimizer.muon or Muon()
     vector = ndim < 2 or ".residual." in name
@@ -85,4 +89,4 @@ def _group(name: str, ndim: int, group_name: str, settings: ParameterGroup, opti
     if decay is None:
         decay = 0.0 if vector else muon.weight_decay if by_muon else optimizer.weight_decay
     peak = (muon.lr if by_muon else optimizer.lr) * settings.lr_scale
-    return OptimizerGroup(label, "muon" if by_muon else "adamw", peak, decay, {})
+    return OptimizerGroup(label + "_new" * new, "muon" if by_muon else "adamw", peak, decay, {}, new)

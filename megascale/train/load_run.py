@@ -1,59 +1,72 @@
-"""A trained run, opened for evaluation and generation in one process."""
+"""A trained model, opened for evaluation and generation in one process: a run folder, or a Hugging Face folder."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from megascale.checkpoint.folders import list_checkpoints, step_of
+from megascale.checkpoint.hugging_face.folder import is_hugging_face
+from megascale.checkpoint.hugging_face.side_files import kept_config
+from megascale.checkpoint.hugging_face.tensors import parameter_shapes
 from megascale.checkpoint.load import CheckpointReader, newest_good
+from megascale.checkpoint.weights import WEIGHTS, check_weights
 from megascale.config.errors import InputError
 from megascale.config.load import load_config
+from megascale.config.phases import span_at
 from megascale.config.resolve import resolve
-from megascale.config.schema import Config, Parallel
+from megascale.config.schema import Config, Model, Parallel
+from megascale.data.batches import SequenceSet
 from megascale.data.digests import value_digest
 from megascale.data.open_data import OpenData
-from megascale.data.tokenizer import separator_id
+from megascale.data.tokenizer import load_tokenizer, separator_id, token_bytes, vocabulary_size
 from megascale.model.decoder import Decoder
+from megascale.parallel.buffers import read_buffers
 from megascale.parallel.device import choose_device
 from megascale.parallel.mesh import alone
 from megascale.parallel.pipeline import Stages
 from megascale.parallel.world import World
 from megascale.train.build import cast, open_run_data
 
-WEIGHTS = "model/"
-"""What the names of a checkpoint's weights start with; the rest is optimizer state."""
+__all__ = ["WEIGHTS", "LoadedModel", "LoadedRun", "decoder_of", "load_model", "load_run", "open_checkpoint", "read_run_config"]
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
-class LoadedRun:
-    """A run whose weights are on this process's device.
+class LoadedModel:
+    """A model whose weights are on this process's device, with what turns text into ids.
 
     Attributes:
         folder: as the user gave it.
-        step: of the checkpoint that was read.
-        checkpoint: digest of that checkpoint.
-        config: resolved, with the vocabulary's size.
-        data: the corpora that the run was trained on; `data.tokenizer` is None where they have none.
+        step: of the checkpoint that was read; 0 for weights that were not trained here.
+        config: resolved, with the vocabulary's size; of a Hugging Face folder only model and data.sequence_length mean anything.
         decoder: in evaluation mode, without gradients.
         world: this process alone, and its device.
-        separator: id of the token between documents; None without a tokenizer.
-        starts_with_separator: documents start with the separator (prepared corpora); else they only end with it (Megatron pairs).
+        tokenizer: None where there is none.
+        token_bytes: bytes of text of each id; see `OpenData`.
+        validation: held-out sequences by source.
+        start: ids before each document.
+        separator: id that ends a document; None without a tokenizer.
     """
 
     folder: Path
     step: int
-    checkpoint: str
     config: Config
-    data: OpenData
     decoder: Decoder
     world: World
+    tokenizer: Tokenizer | None
+    token_bytes: np.ndarray | None
+    validation: Mapping[str, SequenceSet]
+    start: tuple[int, ...]
     separator: int | None
-    starts_with_separator: bool
 
     @property
     def stages(self) -> Stages:
@@ -62,18 +75,45 @@ class LoadedRun:
         return Stages({0: self.decoder}, config, alone(self.world.device))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a document that starts with `text`, the separator before it included where documents start with one.
+        """Ids of a document that starts with `text`, those before it included where documents start with some.
 
         Raises:
-            InputError: the run has no tokenizer.
+            InputError: there is no tokenizer.
         """
-        if self.data.tokenizer is None or self.separator is None:
-            raise InputError(str(self.folder), "the run's corpora have no tokenizer", "set data.tokenizer in its config.yaml")
-        ids = self.data.tokenizer.encode(text, add_special_tokens=False).ids
-        return [self.separator, *ids] if self.starts_with_separator else ids
+        if self.tokenizer is None:
+            raise InputError(
+                str(self.folder), "there is no tokenizer", "set data.tokenizer in config.yaml, or add tokenizer.json"
+            )
+        return [*self.start, *self.tokenizer.encode(text, add_special_tokens=False).ids]
 
 
-def load_run(folder: Path, step: int | None = None, precision: Literal["fp32", "bf16"] = "fp32") -> LoadedRun:
+@dataclass(frozen=True)
+class LoadedRun(LoadedModel):
+    """A run that was trained here.
+
+    Attributes:
+        checkpoint: digest of the checkpoint that was read.
+        data: the corpora that the run was trained on.
+    """
+
+    checkpoint: str
+    data: OpenData
+
+
+def load_model(folder: Path, step: int | None = None, precision: Precision = "fp32") -> LoadedModel:
+    """Open a run folder or a Hugging Face folder. Arguments and errors as in `load_run`; a Hugging Face folder has no steps."""
+    if not is_hugging_face(folder):
+        if _is_untrained_import(folder, step):
+            return _load_import(folder, precision)
+        return load_run(folder, step, precision)
+    if step is not None:
+        raise InputError("--step", f"{folder} is a Hugging Face folder, which has no steps", "leave it out")
+    from megascale.train.load_hugging_face import load_hugging_face
+
+    return load_hugging_face(folder, precision)
+
+
+def load_run(folder: Path, step: int | None = None, precision: Precision = "fp32") -> LoadedRun:
     """Open a run folder: its config, its data, and the weights of one checkpoint.
 
     Args:
@@ -85,15 +125,78 @@ def load_run(folder: Path, step: int | None = None, precision: Literal["fp32", "
         InputError: no run there, its data is gone, no good checkpoint (of this step), weights that do not fit the config.
     """
     config, data = open_run_data(read_run_config(folder))
-    reader = open_checkpoint(folder, step)
-    world = World(0, 1, choose_device(0, 1))
-    with reader:
-        decoder = _read_decoder(config, reader)
-    cast(dict(decoder.named_parameters()), precision)
-    decoder.to(world.device.torch).eval().requires_grad_(False)
+    with open_checkpoint(folder, step) as reader:
+        model = span_at(config, reader.step).config.model  # an early phase has fewer streams
+        config = config.model_copy(update={"model": model})
+        decoder, world = _read_decoder(model, reader, precision)
     starts = data.train.sources[0].sequences.split.starts_with_separator
-    digest = value_digest({name: record.digest for name, record in reader.manifest.files.items()})
-    return LoadedRun(folder, reader.step, digest, config, data, decoder, world, _separator(data, starts), starts)
+    separator = _separator(data, starts)
+    return LoadedRun(
+        folder=folder,
+        step=reader.step,
+        config=config,
+        decoder=decoder,
+        world=world,
+        tokenizer=data.tokenizer,
+        token_bytes=data.token_bytes,
+        validation=data.validation,
+        start=(separator,) if starts and separator is not None else (),
+        separator=separator,
+        checkpoint=value_digest({name: record.digest for name, record in reader.manifest.files.items()}),
+        data=data,
+    )
+
+
+def _is_untrained_import(folder: Path, step: int | None) -> bool:
+    """Whether the checkpoint asked for holds imported weights: no corpus belongs to them."""
+    found = {step_of(path) for path in list_checkpoints(folder / "checkpoints")}
+    return 0 in found and (step == 0 or (step is None and found == {0}))
+
+
+def _load_import(folder: Path, precision: Precision) -> LoadedModel:
+    """The model of an imported run that was not trained yet; its tokenizer is data.tokenizer."""
+    config = read_run_config(folder)
+    with open_checkpoint(folder, 0) as reader:
+        size = reader.shape(f"{WEIGHTS}embedding.weight")[0]
+        config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+        decoder, world = _read_decoder(config.model, reader, precision)
+    path = config.data.tokenizer
+    return with_tokenizer(folder, config, decoder, world, Path(path) if path is not None else None, kept_config(folder) or {})
+
+
+def with_tokenizer(
+    folder: Path, config: Config, decoder: Decoder, world: World, path: Path | None, values: Mapping[str, Any]
+) -> LoadedModel:
+    """A model without corpora. Ids before a document are those that its tokenizer.json puts there.
+
+    Args:
+        path: of tokenizer.json; None: there is none.
+        values: config.json, for eos_token_id (the first of several).
+
+    Raises:
+        InputError: the tokenizer cannot be read, or has more ids than the model.
+    """
+    tokenizer, sizes, separator = None, None, None
+    start: tuple[int, ...] = ()
+    if path is not None:
+        tokenizer = load_tokenizer(path)
+        assert config.model.vocab_size is not None
+        if vocabulary_size(tokenizer) > config.model.vocab_size:
+            reason = f"has ids up to {vocabulary_size(tokenizer) - 1}, the model {config.model.vocab_size} ids"
+            raise InputError(str(path), reason, "does the tokenizer belong to this model?")
+        sizes, start = token_bytes(tokenizer, config.model.vocab_size), _before_text(tokenizer)
+        end = values.get("eos_token_id")
+        end = next(iter(end), None) if isinstance(end, list) else end
+        separator = separator_id(tokenizer) if end is None else int(end)
+    return LoadedModel(folder, 0, config, decoder, world, tokenizer, sizes, {}, start, separator)
+
+
+def _before_text(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What the tokenizer's own template puts before a text."""
+    probe = "text"
+    plain, whole = tokenizer.encode(probe, add_special_tokens=False).ids, tokenizer.encode(probe, add_special_tokens=True).ids
+    count = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return tuple(whole[:count])
 
 
 def read_run_config(folder: Path) -> Config:
@@ -132,31 +235,29 @@ def open_checkpoint(folder: Path, step: int | None) -> CheckpointReader:
     return reader
 
 
-def _read_decoder(config: Config, reader: CheckpointReader) -> Decoder:
-    """The decoder with the saved fp32 weights, on the CPU; nothing is initialised first."""
+def _read_decoder(model: Model, reader: CheckpointReader, precision: Precision) -> tuple[Decoder, World]:
+    check_weights(reader, parameter_shapes(model))
+    decoder, world = decoder_of(model, lambda name: reader.read(WEIGHTS + name), precision)
+    buffers = {name: buffer.to(world.device.torch) for name, buffer in read_buffers(decoder, reader).items()}
+    decoder.load_state_dict(buffers, strict=False, assign=True)
+    return decoder, world
+
+
+def decoder_of(model: Model, read: Callable[[str], torch.Tensor], precision: Precision) -> tuple[Decoder, World]:
+    """A decoder for evaluation, with fp32 weights that `read` gives by name, one by one; nothing is initialised first."""
     with torch.device("meta"):
-        decoder = Decoder(config.model)
-    shapes = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
-    saved = {name.removeprefix(WEIGHTS) for name in reader.names() if name.startswith(WEIGHTS)}
-    if saved - shapes.keys():
-        unknown = ", ".join(sorted(saved - shapes.keys())[:3])
-        raise InputError(str(reader.path), f"holds weights that the model does not have: {unknown}", _CONFIG_CHANGED)
+        decoder = Decoder(model)
+    world = World(0, 1, choose_device(0, 1))
     weights = {}
-    for name, shape in shapes.items():
-        if name not in saved:
-            raise InputError(str(reader.path), f"lacks the weight {name}", _CONFIG_CHANGED)
-        if reader.shape(WEIGHTS + name) != shape:
-            reason = f"weight {name} has shape {reader.shape(WEIGHTS + name)}, the model's has {shape}"
-            raise InputError(str(reader.path), reason, _CONFIG_CHANGED)
-        weights[name] = reader.read(WEIGHTS + name)
+    for name, _ in decoder.named_parameters():
+        weight = {name: torch.nn.Parameter(read(name), requires_grad=False)}
+        cast(weight, precision)
+        weights[name] = weight[name].detach().to(world.device.torch)
     decoder.load_state_dict(weights, strict=False, assign=True)
-    if config.model.tie_embeddings:
+    if model.tie_embeddings:
         assert decoder.head is not None and decoder.embedding is not None
         decoder.head.weight = decoder.embedding.weight  # assigning has given the embedding a parameter of its own
-    return decoder
-
-
-_CONFIG_CHANGED = "is config.yaml in the run folder the one that it was trained with?"
+    return decoder.eval().requires_grad_(False), world
 
 
 def _separator(data: OpenData, starts_with_separator: bool) -> int | None:

@@ -16,17 +16,19 @@ from megascale.config.resolve import resolve
 from megascale.config.schema import Config, Guard
 from megascale.data.open_data import OpenData
 from megascale.model.accounting import parameters
-from megascale.observe.console import ConsoleSink, format_header
+from megascale.observe.console import ConsoleSink, format_header, show
 from megascale.observe.sinks import FanOut, JsonlSink, Sink, next_lineage
 from megascale.observe.wandb_sink import open_wandb
 from megascale.parallel.agreement import Claim, facts_of
 from megascale.parallel.mesh import open_mesh
 from megascale.parallel.world import World, end_world, rank_variables, start_world
-from megascale.train.build import build, open_run_data
+from megascale.train.build import open_run_data
 from megascale.train.launcher import LauncherWatch
-from megascale.train.run_folder import open_run_folder, write_manifest
+from megascale.train.phases import train_phases
+from megascale.train.run_folder import write_manifest
+from megascale.train.shared_folder import open_shared_folder
 from megascale.train.stopping import EXIT_CODES, StopRequest, write_exit
-from megascale.train.trainer import Say, Trainer
+from megascale.train.trainer import Say
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def train(config_file: Path, overrides: Sequence[str]) -> int:
         world = start_world(Guard().timeout_seconds, Claim(failure=start))
     assert isinstance(start, _Start), "no world starts with a rank that cannot"
     try:
-        folder = _open_folder(start.config, world)
+        folder = open_shared_folder(start.config, world)
         say = _speaker(world)
         for warning in start.warnings:
             say(f"warning: {warning}")
@@ -74,24 +76,10 @@ def _prepare(config_file: Path, overrides: Sequence[str]) -> _Start | Exception:
         return error
 
 
-def _open_folder(config: Config, world: World) -> Path:
-    """Rank 0 opens the folder; all ranks learn what came of it."""
-    failure: tuple[str, str, str] | None = None
-    if world.rank == 0:
-        try:
-            open_run_folder(config)
-        except InputError as error:
-            failure = (error.place, error.reason, error.remedy)
-    failure = world.broadcast(failure)
-    if failure is not None:
-        raise InputError(*failure)
-    return Path(config.run.folder) / config.run.name
-
-
 def _speaker(world: World) -> Say:
     def say(line: str) -> None:
         if world.rank == 0:
-            print(line, file=sys.stderr, flush=True)
+            show(line, sys.stderr)
 
     return say
 
@@ -106,7 +94,7 @@ def _run(config: Config, data: OpenData, world: World, folder: Path, say: Say, l
     sink: Sink = FanOut([])
     reason, facts = "error", {"message": ""}
     try:
-        parts = build(config, data, open_mesh(config.parallel, config.model, world), say)
+        mesh = open_mesh(config.parallel, config.model, world)
         counted = parameters(config.model)
         if world.rank == 0:
             write_manifest(
@@ -114,15 +102,14 @@ def _run(config: Config, data: OpenData, world: World, folder: Path, say: Say, l
             )
             sink = _open_sinks(config, metrics, lineage, folder)
             tokens = config.batch.sequences * config.data.sequence_length
-            print(
+            show(
                 format_header(
                     config.run.name, str(folder), counted.total, config.schedule.steps, tokens, world.size, world.device.name()
                 ),
-                flush=True,
+                sys.stdout,
             )
-        trainer = Trainer(parts, world, folder, sink, lineage, say)
-        reason = trainer.run(stop)
-        facts = {"message": _cause(reason, stop), "step": str(trainer.progress.step)}
+        reason, step = train_phases(config, data, mesh, folder, sink, lineage, stop, say)
+        facts = {"message": _cause(reason, stop), "step": str(step)}
     except Exception as error:
         reason = "bad_input" if isinstance(error, InputError) and error.exit_code == 2 else "error"
         facts = {"message": f"rank {world.rank}: {type(error).__name__}: {error}"}

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 import megascale
+from megascale.checkpoint.folders import list_checkpoints, step_of
 from megascale.config.errors import InputError
 from megascale.config.load import load_config
+from megascale.config.phases import span_at
+from megascale.config.resolve import resolve
 from megascale.config.schema import Config
 from megascale.config.write import difference, digest, dump
 
@@ -38,10 +41,16 @@ def open_run_folder(config: Config) -> Path:
     if not kept.exists() or not _has_trained(folder):
         kept.write_text(dump(config))
         return folder
-    earlier = load_config(kept).config
-    if digest(earlier) != digest(config):
+    earlier = resolve(load_config(kept).config)
+    imported = _only_imported(folder)
+    if imported and span_at(earlier, 0).config.model == span_at(config, 0).config.model:
+        kept.write_text(dump(config))
+        return folder
+    if imported or digest(earlier) != digest(config):
         changes = "; ".join(
-            f"{path}: {a!r} -> {b!r}" for path, a, b in difference(earlier, config) if not path.startswith(UNTRAINED)
+            f"{path}: {a!r} -> {b!r}"
+            for path, a, b in difference(earlier, config)
+            if not path.startswith(UNTRAINED) and (path.startswith("model.") or not imported)
         )
         raise InputError(
             f"run folder {folder}",
@@ -55,6 +64,13 @@ def _has_trained(folder: Path) -> bool:
     """Whether a step was recorded or saved; a start that failed before that binds the folder to nothing."""
     metrics = folder / "metrics.jsonl"
     return any((folder / "checkpoints").iterdir()) or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def _only_imported(folder: Path) -> bool:
+    """Whether all there is are imported weights, the checkpoint of step 0: they fit any training of their model."""
+    found = list_checkpoints(folder / "checkpoints")
+    metrics = folder / "metrics.jsonl"
+    return bool(found) and step_of(found[0]) == 0 and not (metrics.exists() and metrics.stat().st_size > 0)
 
 
 UNTRAINED = ("run.name", "run.folder", "observe.", "checkpoint.", "profile.", "guard.", "compile", "parallel.", "engine.")

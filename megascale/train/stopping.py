@@ -1,4 +1,4 @@
-"""Why and how a run ends: signals, the STOP file and a dead launcher become a flag that all ranks read after each step; exit.json tells why."""
+"""Why and how a run ends: signals, the STOP file and a dead launcher become a flag, read after each step; exit.json tells why."""
 
 from __future__ import annotations
 

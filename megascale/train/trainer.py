@@ -6,6 +6,7 @@ import faulthandler
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
@@ -15,19 +16,22 @@ from megascale.checkpoint.errors import SaveError
 from megascale.checkpoint.load import open_newest
 from megascale.checkpoint.retention import prune
 from megascale.checkpoint.save import save_checkpoint
+from megascale.config.phases import Span
 from megascale.data.batches import MicroBatch
 from megascale.data.prefetch import prefetch
 from megascale.model.accounting import flops_per_token, layer_flops_per_token, mean_visible_keys
 from megascale.observe.sinks import Sink
 from megascale.observe.throughput import peak_flops, throughput
+from megascale.parallel.buffers import buffer_rectangles, load_buffers
 from megascale.parallel.mesh import DATA
 from megascale.parallel.world import World
 from megascale.train.batch_stream import StepBatch, step_batches
 from megascale.train.build import Parts
 from megascale.train.profiling import StepProfiler
+from megascale.train.recovery import Recovery
 from megascale.train.schedule import lr_scale
 from megascale.train.stopping import StopRequest
-from megascale.train.tally import Tally
+from megascale.train.tally import Tally, move_biases
 from megascale.train.validate import validate
 
 Say = Callable[[str], None]
@@ -52,29 +56,39 @@ class TrainingError(RuntimeError):
 
 
 class Trainer:
-    """Trains `parts` from its newest checkpoint to the last step of the schedule."""
+    """Trains one phase: from the newest checkpoint, which may be of the phase before, to the phase's last step."""
 
-    def __init__(self, parts: Parts, world: World, folder: Path, sink: Sink, lineage: int, say: Say):
+    def __init__(self, parts: Parts, world: World, folder: Path, sink: Sink, lineage: int, say: Say, span: Span | None = None):
+        self.span = span or Span(0, 0, parts.config)
         self.parts, self.world, self.folder, self.sink, self.lineage, self.say = parts, world, folder, sink, lineage, say
         self.config, self.engine, self.stages, self.mesh = parts.config, parts.engine, parts.stages, parts.mesh
         self.peak_flops = peak_flops(world.device.name())
         self.checkpoints = folder / "checkpoints"
+        self.recovery = Recovery()
         self.progress = self._resume()
 
     def _resume(self) -> Progress:
         reader = open_newest(self.checkpoints, self.world.rank, self.world.broadcast, self.say)
         if reader is None:
             return Progress()
-        self.engine.load(reader)
         saved = reader.state
-        if saved["data_digest"] != self.parts.data.digest:
+        progress = Progress(**saved["progress"])
+        self.recovery = Recovery(**saved.get("recovery", {}))
+        load_buffers(self.stages.decoders, reader)
+        if self.span.number > 0 and progress.step == self.span.before:
+            self.engine.load(reader, new=self.parts.new, moments=not self.span.reset_optimizer)
+            self.recovery.begin(progress.tokens)
+            self.say(f"phase {self.span.number} begins behind {reader.path.name}; {len(self.parts.new)} tensors are new")
+        else:
+            self.engine.load(reader)
+            self.say(f"resuming from {reader.path.name}")
+        if saved["data_digest"] not in (None, self.parts.data.digest):  # imported weights know no corpora
             self.say("warning: the corpora are not those that the checkpoint was trained on")
-        self.say(f"resuming from {reader.path.name}")
-        return Progress(**saved["progress"])
+        return progress
 
     def run(self, stop: StopRequest) -> str:
-        """Train until done or stopped; returns the reason for exit.json."""
-        config, steps = self.config, self.config.schedule.steps
+        """Train until the phase is done, or stopped; returns the reason for exit.json."""
+        config, steps = self.config, self.span.last
         profiler = StepProfiler(config.profile, self.folder / "logs", self.world.rank)
         readers = self.mesh.along(*DATA)
         batches = step_batches(
@@ -129,8 +143,11 @@ class Trainer:
         step_tokens = int(loss_tokens.sum())
         tally = self._gradients(batch, (loss_tokens / step_tokens).tolist(), step_tokens)
         norm = self.engine.gradient_norm()
-        finite = self._update(norm, lr_scale(batch.step, self.config.schedule))
+        scale, new_scale = self._learning_rates(batch.step - self.span.before)
+        finite = self._update(norm, scale, new_scale)
         metrics = tally.record()
+        if finite:
+            move_biases(self.stages.modules(), tally.loads)
         self.world.device.synchronize()
         seconds = time.perf_counter() - started
 
@@ -146,13 +163,14 @@ class Trainer:
         return {
             "lineage": self.lineage,
             "step": batch.step,
-            "phase": 0,
+            "phase": self.span.number,
             "tokens": progress.tokens,
             "flops_total": progress.flops_total,
             "sequences": progress.sequences,
             **metrics,
             "train/grad_norm": norm,
-            **{f"optim/lr/{g.name}": g.lr * lr_scale(batch.step, self.config.schedule) for g in self.engine.groups},
+            **{f"optim/lr/{g.name}": g.lr * scale * (new_scale if g.new else 1.0) for g in self.engine.groups},
+            **self.recovery.add(metrics["train/lm_loss"], progress.tokens),
             **throughput(seconds, step_tokens, flops, flops_full, flops + again * step_tokens, self.world.size, self.peak_flops),
             "perf/data_seconds": data_seconds,
             **self.world.device.memory(),
@@ -171,14 +189,19 @@ class Trainer:
         """Forward and backward of all micro-batches. The token losses are divided by the step's count, known before the first backward."""
         scale = torch.full((), 1 / step_tokens, device=self.world.device.torch)
         tally = Tally(self.config.model, self.mesh, self.stages.weights)
-        self.stages.gradients(batch.micro_batches, shares, scale, self.engine, tally.add)
+        self.stages.gradients(batch.micro_batches, shares, scale, self.engine, tally.add, batch.step)
         return tally
 
-    def _update(self, norm: float, scale: float) -> bool:
+    def _learning_rates(self, step: int) -> tuple[float, float]:
+        """Shares of the peak at a step counted from the start of the phase: of all groups, and on top of it of what the phase has added."""
+        warmup = self.span.new_warmup_steps
+        return lr_scale(step, self.config.schedule), min(step / warmup, 1.0) if warmup else 1.0
+
+    def _update(self, norm: float, scale: float, new_scale: float) -> bool:
         """Step, or skip when the gradient is not finite; every rank sees the same norm."""
         finite = norm - norm == 0
         if finite:
-            self.engine.step(scale)
+            self.engine.step(scale, new_scale)
         else:
             self.engine.skip()
         return finite
@@ -201,12 +224,16 @@ class Trainer:
             self.say(f"warning: no checkpoint at step {self.progress.step}, training goes on: {error}")
 
     def _save(self) -> None:
-        state = {"progress": asdict(self.progress), "data_digest": self.parts.data.digest}
+        state = {
+            "progress": asdict(self.progress),
+            "recovery": asdict(self.recovery),
+            "data_digest": self.parts.data.digest,
+        }
         world = self.world
         save_checkpoint(
             self.checkpoints,
             self.progress.step,
-            self.engine.rectangles(),
+            chain(self.engine.rectangles(), buffer_rectangles(self.stages.decoders, self.mesh)),
             state,
             rank=world.rank,
             world=world.size,

@@ -64,7 +64,6 @@ def test_what_is_untested_or_changes_the_gradients_is_refused(tmp_path: Path, se
     ("text", "world", "reason"),
     [
         ("parallel: {zero_stage: 0}", 1, "has no effect: parallel.zero_stage is 0"),
-        ("optimizer: {name: muon}", 1, "has no effect: optimizer.name is muon, which runs without DeepSpeed"),
         (
             "parallel: {tp: 2}",
             2,

@@ -119,8 +119,8 @@ def test_every_parameter_learns(settings: dict[str, Any]) -> None:
 def test_reports_are_named_by_layer_and_losses_are_summed() -> None:
     decoder, batch = decoder_with({"layers": 3, "experts": {"count": 4, "every": 2}}), packed_batch([[5, 7]])
     losses = batch.losses(decoder)
-    assert sorted(losses.loads) == ["moe/layer_00/load", "moe/layer_02/load"]
-    assert all(load.sum() == 12 for load in losses.loads.values())
+    assert sorted(losses.statistics) == ["moe/layer_00/load", "moe/layer_02/load"]
+    assert all(load.sum() == 12 for load in losses.statistics.values())
     assert set(losses.auxiliary) == {"balance", "router_z"}
     assert losses.auxiliary["balance"] > 1.9  # two layers of about one
 

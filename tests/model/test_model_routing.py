@@ -1,6 +1,9 @@
-"""Routed experts against a loop over tokens; balance and z-loss by their formulas."""
+"""Routed experts against a loop over tokens, with and without a capacity, for every router."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,16 +14,21 @@ from torch import Tensor
 
 from megascale.config.schema import Model
 from megascale.model.layers import SwiGLU
-from megascale.model.routing import Experts, Router, take_rows
-from tiny import tiny_model
+from megascale.model.origin import Origin
+from megascale.model.routers import ROUTERS
+from megascale.model.routing import Experts, take_rows
+from tiny import origin, tiny_model
+
+every_router = pytest.mark.parametrize("router", ROUTERS)
 
 
-def routed(streams: int = 1, dtype: torch.dtype = torch.float64, **experts) -> tuple[Model, Experts]:
+def routed(streams: int = 1, dtype: torch.dtype = torch.float64, **experts: Any) -> tuple[Model, Experts]:
     model = tiny_model(streams={"count": streams}, experts={"count": 4, "width": 16, **experts})
     torch.manual_seed(0)
     layer = Experts(model).to(dtype)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    layer.router.start(0, 0)
     return model, layer
 
 
@@ -32,141 +40,182 @@ def one_expert(layer: Experts, e: int, x: Tensor) -> Tensor:
     return layer.down[e] @ (F.silu(layer.gate[e] @ x) * (layer.up[e] @ x))
 
 
+def kept_choices(layer: Experts, experts: Tensor, streams: int) -> Tensor:
+    """Expert by expert, who comes first: all first choices, then all second ones, each in the order of the tokens."""
+    kept = torch.ones_like(experts, dtype=torch.bool)
+    if layer.capacity_factor is None or not layer.training:
+        return kept
+    tokens, k = experts.shape[0] // streams, experts.shape[1]
+    room = math.ceil(tokens * k * layer.capacity_factor / layer.count)
+    for p in range(streams):
+        taken = [0] * layer.count
+        for i in range(k):
+            for t in range(tokens):
+                e = int(experts[t * streams + p, i])
+                kept[t * streams + p, i] = taken[e] < room
+                taken[e] += 1
+    return kept
+
+
 def by_definition(layer: Experts, x: Tensor) -> Tensor:
-    """Every token by itself: its k best experts, weighted by their probabilities."""
-    k, rows = layer.router.per_token, []
-    for row in x.flatten(0, 1):
-        probabilities = (layer.router.weight @ row).softmax(-1)
-        chosen = probabilities.argsort(descending=True)[:k]
-        gates = probabilities[chosen] / (probabilities[chosen].sum() if k > 1 else 1)
-        out = sum(gate * one_expert(layer, int(e), row) for gate, e in zip(gates, chosen, strict=True))
+    """Every token by itself: its experts, weighted by the router's gates."""
+    gates, experts, _ = layer.router(x.flatten(0, 1), origin(x.shape[0]))
+    kept, rows = kept_choices(layer, experts, x.shape[1]), []
+    for n, row in enumerate(x.flatten(0, 1)):
+        out = row.new_zeros(row.shape)
+        for gate, e, within in zip(gates[n], experts[n], kept[n], strict=True):
+            out = out + gate * one_expert(layer, int(e), row) * within
         rows.append(out + layer.shared(row) if layer.shared is not None else out)
     return torch.stack(rows).view(x.shape)
 
 
+@every_router
 @settings(max_examples=25)
 @given(
     number=st.integers(1, 12),
     streams=st.integers(1, 3),
-    count=st.integers(2, 6),
+    count=st.integers(2, 7),
     per_token=st.integers(1, 3),
     shared=st.integers(0, 2),
+    capacity=st.sampled_from([None, None, 0.3, 1.0, 1.6]),
 )
-def test_the_layer_is_a_loop_over_tokens(number: int, streams: int, count: int, per_token: int, shared: int) -> None:
-    _, layer = routed(streams, count=count, per_token=min(per_token, count), shared=shared)
+def test_the_layer_is_a_loop_over_tokens(
+    router: str, number: int, streams: int, count: int, per_token: int, shared: int, capacity: float | None
+) -> None:
+    per_token = min(per_token, count)
+    _, layer = routed(streams, count=count, per_token=per_token, shared=shared, router=router, capacity_factor=capacity)
     x = tokens(number, streams)
-    out, _ = layer(x)
+    out, report = layer(x, origin(number))
     expected = by_definition(layer, x)
     torch.testing.assert_close(out, expected)
     factors = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
     inputs = (x, *layer.parameters())
-    found, true = ((y * factors).sum() for y in (out, expected))
-    for got, want in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(true, inputs, allow_unused=True), strict=True):
-        torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want)
+    sums = [(y * factors).sum() for y in (out, expected)]
+    if all(total.requires_grad for total in sums):
+        gradients = [torch.autograd.grad(total, inputs, allow_unused=True) for total in sums]
+        for got, want in zip(*gradients, strict=True):
+            nothing = torch.zeros(())
+            torch.testing.assert_close(nothing if got is None else got, nothing if want is None else want, check_dtype=False)
+    if capacity is not None:
+        _, experts, _ = layer.router(x.flatten(0, 1), origin(number))
+        dropped = (~kept_choices(layer, experts, streams)).sum()
+        assert report["dropped"].tolist() == [dropped, number * streams * per_token]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
-def test_narrow_types_stay_close_and_the_router_stays_fp32(dtype: torch.dtype, tolerance: float) -> None:
-    _, layer = routed(per_token=2, dtype=dtype)
+@every_router
+def test_narrow_types_stay_close_and_the_router_stays_fp32(router: str, dtype: torch.dtype, tolerance: float) -> None:
+    _, layer = routed(per_token=2, dtype=dtype, router=router)
     layer.router.float()
     x = tokens(dtype=dtype)
-    out, _ = layer(x)
-    gates, _, _ = layer.router(x.flatten(0, 1))
+    out, _ = layer(x, origin(9))
+    gates, _, report = layer.router(x.flatten(0, 1), origin(9))
     assert out.dtype == dtype
     assert gates.dtype == torch.float32
+    assert all(value.dtype == torch.float32 for value in report.values())
     wide = by_definition(layer.double(), x.detach().double())
     assert (out.double() - wide).abs().max() <= tolerance * wide.abs().max()
 
 
-def test_equal_experts_are_one_dense_feed_forward() -> None:
-    model, layer = routed(per_token=2)
+@every_router
+def test_equal_experts_are_one_dense_feed_forward(router: str) -> None:
+    model, layer = routed(per_token=2, router=router)
     dense = SwiGLU(model.width, 16).double()
     with torch.no_grad():
         for experts, linear in ((layer.gate, dense.gate), (layer.up, dense.up), (layer.down, dense.down)):
             experts.copy_(linear.weight.expand_as(experts))
     x = tokens()
-    torch.testing.assert_close(layer(x)[0], dense(x))
+    torch.testing.assert_close(layer(x, origin(9))[0], dense(x))
 
 
 @pytest.mark.parametrize("per_token", [1, 2])
-def test_permuting_experts_permutes_their_load_and_nothing_else(per_token: int) -> None:
-    _, layer = routed(per_token=per_token)
+@pytest.mark.parametrize("router", ["softmax", "sigmoid", "s_base"])
+def test_permuting_experts_permutes_their_load_and_nothing_else(router: str, per_token: int) -> None:
+    _, layer = routed(per_token=per_token, router=router)
     x = tokens()
-    out, report = layer(x)
+    out, report = layer(x, origin(9))
     order = torch.tensor([2, 0, 3, 1])
     with torch.no_grad():
         for parameter in (layer.router.weight, layer.gate, layer.up, layer.down):
             parameter.copy_(parameter[order])
-    permuted, permuted_report = layer(x)
+    permuted, permuted_report = layer(x, origin(9))
     torch.testing.assert_close(permuted, out)
-    assert torch.equal(permuted_report["load"], report["load"][:, order])
-    for name in ("balance", "router_z"):
-        torch.testing.assert_close(permuted_report[name], report[name])
+    assert torch.equal(permuted_report.pop("load"), report.pop("load")[:, order])
+    for name, value in report.items():
+        torch.testing.assert_close(permuted_report[name], value)
 
 
-def test_gates_sum_to_one_for_several_experts_and_are_the_probability_for_one() -> None:
-    x = tokens().flatten(0, 1)
-    _, two = routed(per_token=2)
-    torch.testing.assert_close(two.router(x)[0].sum(-1), torch.ones(9, dtype=x.dtype))
-    _, one = routed(per_token=1)
-    gates, experts, _ = one.router(x)
-    probabilities = (x @ one.router.weight.t()).softmax(-1)
-    torch.testing.assert_close(gates, probabilities.max(-1, keepdim=True).values)
-    assert torch.equal(experts[:, 0], probabilities.argmax(-1))
+@every_router
+def test_streams_are_routed_by_themselves(router: str) -> None:
+    """A stream's choices are the same whether other streams are there or not, but for what it draws as stream 0."""
+    _, both = routed(2, per_token=2, router=router)
+    _, alone = routed(1, per_token=2, router=router)
+    alone.load_state_dict(both.state_dict())
+    x = tokens(8, 2)
+    _, experts, report = both.router(x.flatten(0, 1), origin(8))
+    _, expected, first = alone.router(x[:, 0], origin(8))
+    assert torch.equal(experts.view(8, 2, 2)[:, 0], expected)
+    assert torch.equal(report["load"][0], first["load"][0])
 
 
-def test_the_router_learns_from_the_language_model_loss_also_with_one_expert_per_token() -> None:
-    _, layer = routed(per_token=1)
-    layer(tokens())[0].sum().backward()
-    assert layer.router.weight.grad is not None
-    assert layer.router.weight.grad.abs().max() > 1e-4
+def test_an_expert_without_tokens_and_one_with_all() -> None:
+    _, layer = routed(count=5, router="hash", hash_map="modulo")
+    one_id = origin(6, vocab_size=1)
+    x = tokens(6)
+    out, report = layer(x, one_id)
+    assert report["load"].tolist() == [[6, 0, 0, 0, 0]]
+    out.square().sum().backward()
+    assert layer.gate.grad[0].abs().max() > 0
+    assert not layer.gate.grad[1:].any()
 
 
-@pytest.mark.parametrize("streams", [1, 3])
-@pytest.mark.parametrize("per_token", [1, 2])
-def test_balance_and_z_are_their_formulas(streams: int, per_token: int) -> None:
-    _, layer = routed(streams, per_token=per_token)
-    x = tokens(7, streams)
-    _, experts, report = layer.router(x.flatten(0, 1))
-    logits = x @ layer.router.weight.t()
-    chosen = experts.view(7, streams, per_token)
-    balance = torch.zeros((), dtype=x.dtype)
+def test_capacity_drops_nothing_when_it_covers_the_fullest_expert_and_nothing_in_evaluation() -> None:
+    x = tokens(16)
+    _, dropless = routed(per_token=2)
+    expected, report = dropless(x, origin(16))
+    _, roomy = routed(per_token=2, capacity_factor=float(report["load"].max() / report["load"].mean()))
+    out, roomy_report = roomy(x, origin(16))
+    assert torch.equal(out, expected)
+    assert roomy_report["dropped"].tolist() == [0, 32]
+    _, tight = routed(per_token=2, capacity_factor=0.1)
+    assert tight(x, origin(16))[1]["dropped"][0] > 20
+    evaluated, nothing = tight.eval()(x, origin(16))
+    torch.testing.assert_close(evaluated, expected)
+    assert nothing == {}
+
+
+@settings(max_examples=30)
+@given(
+    number=st.integers(1, 20),
+    streams=st.integers(1, 3),
+    per_token=st.integers(1, 4),
+    capacity=st.floats(0.05, 3),
+    cut=st.integers(0, 20),
+)
+def test_no_expert_takes_more_than_its_capacity_and_earlier_ones_go_first(
+    number: int, streams: int, per_token: int, capacity: float, cut: int
+) -> None:
+    _, layer = routed(streams, count=5, per_token=per_token, capacity_factor=capacity)
+    _, experts, _ = layer.router(tokens(number, streams).flatten(0, 1), origin(number))
+    within = layer.within_capacity(experts)
+    assert torch.equal(within, kept_choices(layer, experts, streams))
+    room = math.ceil(number * per_token * capacity / 5)
     for p in range(streams):
-        load = torch.bincount(chosen[:, p].flatten(), minlength=4)
-        assert torch.equal(report["load"][p], load.to(x.dtype))
-        balance = balance + 4 * (load / (7 * per_token) * logits[:, p].softmax(-1).mean(0)).sum() / streams
-    torch.testing.assert_close(report["balance"], balance)
-    torch.testing.assert_close(report["router_z"], logits.logsumexp(-1).square().mean())
-    assert balance >= 1 - 1e-6 or per_token > 1  # even loads give 1, the least for one expert per token
-
-
-def test_even_routing_has_balance_one_and_collapse_has_e() -> None:
-    model = tiny_model(experts={"count": 4, "width": 16})
-    router = Router(model).double()
-    with torch.no_grad():
-        router.weight.zero_()
-        router.weight[:, :4] = torch.eye(4) * 1000
-    even = torch.eye(32, dtype=torch.float64)[[0, 1, 2, 3] * 3]
-    torch.testing.assert_close(router(even)[2]["balance"], torch.tensor(1.0, dtype=torch.float64))
-    collapsed = torch.eye(32, dtype=torch.float64)[[2] * 12]
-    torch.testing.assert_close(router(collapsed)[2]["balance"], torch.tensor(4.0, dtype=torch.float64))
-
-
-def test_a_larger_population_leaves_each_part_its_share() -> None:
-    """Two halves that exchange their counts give together what the whole gives alone."""
-    _, layer = routed(2, per_token=2)
-    rows = tokens(8, 2).flatten(0, 1)
-    whole = layer.router(rows)[2]
-    halves = [rows[:6], rows[6:]]
+        mine, taken = experts.view(number, streams, -1)[:, p], within.view(number, streams, -1)[:, p]
+        load = torch.bincount(mine[taken], minlength=5)
+        assert torch.equal(load, torch.bincount(mine.flatten(), minlength=5).clamp(max=room))
+    # two ranks, the first with the earlier tokens, decide as one does
+    cut = min(cut, number) * streams
     counts: list[Tensor] = []
-    layer.router.population_sum = lambda x: counts.append(x) or x  # type: ignore[func-returns-value]
-    for half in halves:
-        layer.router(half)
-    layer.router.population_sum = lambda _: counts[0] + counts[1]
-    parts = [layer.router(half)[2] for half in halves]
-    for name in ("balance", "router_z"):
-        torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name])
-    assert torch.equal(parts[0]["load"], whole["load"])
+    layer.population_order = lambda here: counts.append(here) or (here, here)  # type: ignore[func-returns-value]
+    for part in (experts[:cut], experts[cut:]):
+        layer.within_capacity(part)
+    found = []
+    for rank, part in enumerate((experts[:cut], experts[cut:])):
+        before = sum(counts[:rank], torch.zeros_like(counts[0]))
+        layer.population_order = lambda here, before=before: (before, counts[0] + counts[1])  # type: ignore[misc]
+        found.append(layer.within_capacity(part))
+    assert torch.equal(torch.cat(found), within)
 
 
 def test_take_rows_is_indexing_with_its_gradient() -> None:
@@ -177,11 +226,56 @@ def test_take_rows_is_indexing_with_its_gradient() -> None:
     assert torch.autograd.gradcheck(lambda y: take_rows(y, index, places), x)
 
 
-def test_repetition_gives_the_same_bits() -> None:
-    _, layer = routed(per_token=2, dtype=torch.float32)
+def test_take_rows_may_leave_rows_out() -> None:
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    index, places = torch.tensor([2, 0, 2]), torch.tensor([[1, 3], [3, 3], [2, 0]])
+    torch.testing.assert_close(take_rows(x, index, places, True), x[index])
+    assert torch.autograd.gradcheck(lambda y: take_rows(y, index, places, True), x)
+
+
+@pytest.mark.parametrize("capacity", [None, 0.7])
+@every_router
+def test_repetition_gives_the_same_bits(router: str, capacity: float | None) -> None:
+    _, layer = routed(per_token=2, dtype=torch.float32, router=router, capacity_factor=capacity)
     x = tokens(50, dtype=torch.float32)
     runs = []
     for _ in range(2):
-        out, _ = layer(x)
-        runs.append([out, *torch.autograd.grad(out.sum(), (x, *layer.parameters()))])
+        out, report = layer(x, origin(50))
+        runs.append([out, *torch.autograd.grad(out.sum(), (x, layer.gate, layer.up, layer.down)), *report.values()])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("capacity", [None, 0.7])
+@every_router
+def test_shapes_are_known_without_values(router: str, capacity: float | None) -> None:
+    """Dry runs work on meta tensors."""
+    _, layer = routed(2, per_token=2, dtype=torch.float32, router=router, capacity_factor=capacity)
+    here = origin(8)
+    there = Origin(here.ids.to("meta"), here.counter.to("meta"), here.key.to("meta"))
+    out, report = layer.to("meta")(torch.empty(8, 2, 32, device="meta", requires_grad=True), there)
+    assert out.shape == (8, 2, 32)
+    assert report["load"].shape == (2, 4)
+    out.sum().backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("router", "capacity"),
+    [("softmax", None), ("softmax", 0.7), ("sigmoid", None), ("s_base", 0.7), ("rl_r", None), ("hash", 0.7)],
+)
+def test_the_compiled_layer_agrees(router: str, capacity: float | None) -> None:
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        _, layer = routed(2, per_token=2, dtype=torch.float32, router=router, capacity_factor=capacity)
+        if compiled:
+            layer.compile(backend="aot_eager")
+        for number in (12, 20, 9):  # other numbers of rows are other graphs
+            layer.zero_grad()
+            x = tokens(number, 2, torch.float32)
+            out, report = layer(x, origin(number))
+            (out.square().sum() + sum(value.sum() for value in report.values() if value.requires_grad)).backward()
+            results.append([out, *report.values(), x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
+    for eager, traced in zip(results[:3], results[3:], strict=True):
+        for a, b in zip(eager, traced, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)

@@ -6,13 +6,15 @@ import argparse
 import builtins
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from megascale.commands import dashboard as verb
 from megascale.config.errors import InputError
+from megascale.config.resolve import resolve
 from megascale.config.schema import AltUp, Config, Experts, Model, Streams, Validation
+from megascale.model.routers import loss_weights
 from megascale.observe.dashboard import SECTIONS, build_workspace, missing_panels, panel_metrics, run_features, workspace_json
 from megascale.observe.metrics import METRICS
 from megascale.observe.sinks import JsonlSink
@@ -23,6 +25,7 @@ PATTERNS = {metric.name_pattern for metric in METRICS}
 EVERYTHING = Config(
     model=Model(streams=Streams(count=2), experts=Experts(count=4), altup=AltUp(blocks=2)), validation=Validation(every=10)
 )
+OTHER_ROUTERS = [Config(model=Model(experts=Experts(count=4, router=r, capacity_factor=1.0))) for r in ("s_base", "rl_r")]
 LOGGED = {p.format(layer="03", p=1, source="stdlib", group="matrices") for p in PATTERNS}
 
 
@@ -51,17 +54,35 @@ def test_a_run_that_logs_everything_misses_nothing() -> None:
 
 @pytest.mark.parametrize("name", sorted(LOGGED))
 def test_every_absent_metric_is_found_missing(name: str) -> None:
-    features = run_features(EVERYTHING, True, True) | run_features(EVERYTHING, False, True)
+    features = frozenset[str]().union(
+        *(run_features(c, gpu, True) for c in (EVERYTHING, *OTHER_ROUTERS) for gpu in (True, False))
+    )
     assert missing_panels(LOGGED - {name}, features)
 
 
 def test_a_plain_cpu_run_needs_no_metric_of_absent_features() -> None:
     features = run_features(Config(validation=Validation(every=0)), on_accelerator=False, peak_known=False)
     plain = {n for n in LOGGED if n.split("/")[0] not in ("moe", "streams", "altup", "val")}
-    plain -= {"train/aux/balance", "train/aux/router_z", "perf/mfu", "perf/mfu_full", "perf/hfu", "memory/peak_gib"}
+    plain = {n for n in plain if not n.startswith("train/aux/")}
+    plain -= {"perf/mfu", "perf/mfu_full", "perf/hfu", "memory/peak_gib"}
     assert features == {"cpu"}
     assert missing_panels(plain, features) == []
     assert missing_panels(plain - {"data/epoch/stdlib"}, features) == ["Data: Epoch of each source: data/epoch/{source}"]
+
+
+@pytest.mark.parametrize("router", get_args(Experts.model_fields["router"].annotation))
+def test_a_routed_run_needs_the_metrics_of_its_router_only(router: str) -> None:
+    config = Config(model=Model(experts=Experts(count=4, router=router)))
+    logged = {f"train/aux/{name}" for name in loss_weights(resolve(config).model.experts)}
+    logged |= {n for n in LOGGED if n.split("/")[0] not in ("moe", "streams", "altup") and not n.startswith("train/aux/")}
+    logged |= {f"moe/layer_00/{name}" for name in ("load_max_over_mean", "load_entropy", "idle_experts")}
+    logged |= {"moe/layer_00/residual"} if router == "s_base" else {"moe/layer_00/policy_noise"} if router == "rl_r" else set()
+    assert missing_panels(logged, run_features(config, on_accelerator=True, peak_known=True)) == []
+    extra = {f"moe/layer_00/{name}" for name in ("residual", "policy_noise")} | {
+        f"train/aux/{name}" for name in ("balance", "policy")
+    }
+    for name in logged & extra:
+        assert missing_panels(logged - {name}, run_features(config, on_accelerator=True, peak_known=True))
 
 
 def without_random_ids(value: Any) -> Any:

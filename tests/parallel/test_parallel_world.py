@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
+from torch.distributed import HashStore
 
 from megascale.config.errors import InputError
-from megascale.parallel.world import rank_variables, start_world
+from megascale.parallel.agreement import Claim
+from megascale.parallel.world import choose_interface, rank_variables, start_world
 
 TORCHRUN = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
 DEEPSPEED = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_SIZE": "8"}
@@ -45,4 +49,38 @@ def test_ranks_without_a_meeting_place_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="environment variable MASTER_ADDR: is not set, but there are 2 ranks\n  -> export it"):
-        start_world(1.0)
+        start_world(1.0, Claim())
+
+
+def test_the_meeting_place_of_another_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(InputError, match="(?s)MASTER_PORT.*address already in use.*choose another: `--master_port N`"):
+            start_world(1.0, Claim())
+
+
+def test_a_process_alone_raises_its_own_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    failure = InputError("a.yaml", "there is no such file")
+    with pytest.raises(InputError) as caught:
+        start_world(1.0, Claim(failure=failure))
+    assert caught.value is failure
+
+
+def test_ranks_that_meet_on_their_own_host_stay_on_loopback() -> None:
+    store = HashStore()
+    store.set("address/1", "127.0.0.1")
+    environment = {"MASTER_ADDR": "127.0.0.1"}
+    choose_interface(store, 0, 2, environment)
+    assert environment["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_an_interface_chosen_by_the_user_stays() -> None:
+    environment = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "ib0"}
+    choose_interface(HashStore(), 0, 1, environment)
+    assert environment["GLOO_SOCKET_IFNAME"] == "ib0"

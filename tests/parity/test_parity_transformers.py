@@ -2,56 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
-from megascale.config.schema import Model
+from foreign import CASES
+from megascale.model.attention import KeyValueCache
 from megascale.model.decoder import Decoder
-from tiny import largest_error, tiny_decoder, tiny_model
-
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 64,
-    "head_dim": 8,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}
-EXPERTS = {"count": 4, "per_token": 2, "width": 64}
-
-
-def matching(kind: str, **config: Any) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        settings = getattr(transformers, f"{kind}Config")(**{**SHAPE, **config}, attn_implementation="eager")
-        return getattr(transformers, f"{kind}ForCausalLM")(settings)
-
-    return build
-
-
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-CASES: dict[str, tuple[Callable[[], nn.Module], Model]] = {
-    "Llama": (matching("Llama"), tiny_model()),
-    "Llama 3.1": (
-        matching("Llama", rope_parameters=LLAMA3),
-        tiny_model(rotary={"scaling": "llama3", "factor": 4.0, "original_context": 16}),
-    ),
-    "tied Llama": (matching("Llama", tie_word_embeddings=True), tiny_model(tie_embeddings=True)),
-    "Qwen2": (matching("Qwen2"), tiny_model(qkv_bias=True)),
-    "Qwen3": (matching("Qwen3"), tiny_model(qk_norm=True)),
-    "Mistral": (matching("Mistral", sliding_window=5), tiny_model(sliding_window=5)),
-    "Mixtral": (matching("Mixtral", num_local_experts=4, num_experts_per_tok=2), tiny_model(experts=EXPERTS)),
-}
+from tiny import largest_error, packed_batch, tiny_decoder
 
 
 def theirs(name: str) -> str:
@@ -69,7 +27,7 @@ def theirs(name: str) -> str:
 
 
 def pick(values: dict[str, Tensor], name: str) -> Tensor:
-    """Our parameter, or its gradient, out of theirs. Mixtral joins gate and up in one [E, 2o, d] tensor."""
+    """Our parameter, or its gradient, out of theirs. In memory they join gate and up of all experts in one [E, 2o, d] tensor."""
     layer, _, part = name.rpartition(".feed_forward.")
     if part in ("gate", "up"):
         return values[f"model.{layer}.mlp.experts.gate_up_proj"].chunk(2, 1)[part == "up"]
@@ -80,12 +38,8 @@ def pick(values: dict[str, Tensor], name: str) -> Tensor:
 
 def pair(case: str) -> tuple[Decoder, nn.Module]:
     """Our decoder and theirs, with the same random weights; no parameter of either is left out."""
-    build, config = CASES[case]
-    torch.manual_seed(0)
-    other = build().eval()
-    for parameter in other.parameters():
-        nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.15)
-    decoder, values = tiny_decoder(config), dict(other.named_parameters())
+    other = CASES[case].build()
+    decoder, values = tiny_decoder(CASES[case].model), dict(other.named_parameters())
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             parameter.copy_(pick(values, name))
@@ -93,14 +47,23 @@ def pair(case: str) -> tuple[Decoder, nn.Module]:
     return decoder, other
 
 
+def random_tokens(rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """Tokens and positions [rows, length]."""
+    tokens = torch.randint(97, (rows, length), generator=torch.Generator().manual_seed(1))
+    return tokens, torch.arange(length).expand(rows, -1)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits_loss_and_gradients_are_those_of_transformers(case: str) -> None:
     decoder, other = pair(case)
-    tokens = torch.randint(97, (2, 19), generator=torch.Generator().manual_seed(1))
-    positions = torch.arange(19).expand(2, -1)
+    tokens, positions = random_tokens(2, 19)
     logits = decoder(tokens, positions, torch.zeros_like(positions))
     expected = other(input_ids=tokens).logits
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    close(logits, expected)
 
     labels = torch.cat([tokens[:, 1:], torch.full((2, 1), -100)], 1)
     losses = decoder.losses(tokens, positions, torch.zeros_like(positions), labels, torch.tensor(1 / 36))
@@ -114,11 +77,47 @@ def test_logits_loss_and_gradients_are_those_of_transformers(case: str) -> None:
         assert largest_error(parameter.grad, pick(grads, name)) < 1e-4, name
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_cached_decoding_is_that_of_transformers(case: str) -> None:
+    decoder, other = pair(case)
+    decoder.eval()
+    tokens, _ = random_tokens(2, 15)
+    cache, theirs_cache = KeyValueCache(decoder.config, 2, 15, tokens.new_zeros((), dtype=torch.float32)), None
+    with torch.no_grad():
+        for start, stop in ((0, 8), *((i, i + 1) for i in range(8, 15))):
+            answer = other(input_ids=tokens[:, start:stop], past_key_values=theirs_cache, use_cache=True)
+            theirs_cache = answer.past_key_values
+            close(decoder.decode(tokens[:, start:stop], cache), answer.logits[:, -1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_left_padding_of_transformers_changes_nothing(case: str) -> None:
+    """They pad texts to one length and mask the padding; ours are computed alone, and packed without any."""
+    decoder, other = pair(case)
+    tokens, positions = random_tokens(1, 14)
+    padding = 5
+    padded = torch.cat([torch.zeros(1, padding, dtype=torch.long), tokens], 1)
+    mask = (torch.arange(14 + padding) >= padding).long()[None]
+    theirs_positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = other(input_ids=padded, attention_mask=mask, position_ids=theirs_positions).logits[:, padding:]
+    close(decoder(tokens, positions, torch.zeros_like(positions)), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_packed_documents_are_those_of_transformers(case: str) -> None:
+    """Positions that restart mark documents there as well, in a batch of one text."""
+    decoder, other = pair(case)
+    batch = packed_batch([[7, 3, 9]])
+    theirs_packed = other(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False)  # a cache would hide the borders
+    close(decoder(*batch.inputs), theirs_packed.logits)
+    alone = other(input_ids=batch.tokens[:, 10:]).logits
+    close(decoder(*batch.inputs)[:, 10:], alone)
+
+
 def test_mixtral_balances_over_the_same_choices() -> None:
     """Their balance loss counts k choices a token; ours is divided by k, and summed over layers instead of pooled."""
     decoder, other = pair("Mixtral")
-    tokens = torch.randint(97, (2, 19), generator=torch.Generator().manual_seed(1))
-    positions = torch.arange(19).expand(2, -1)
+    tokens, positions = random_tokens(2, 19)
     _, _, reports = decoder.hidden(tokens, positions, torch.zeros_like(positions))
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,20 +91,44 @@ def test_a_request_to_requeue_saves_and_names_the_reason(tmp_path: Path, tiny_co
     assert [path.name for path in run.trainer.checkpoints.iterdir()] == ["step-00000001"]
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts this process's signal handlers back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     "number, level",
-    [(signal.SIGTERM, StopRequest.REQUEUE), (signal.SIGUSR1, StopRequest.REQUEUE), (signal.SIGINT, StopRequest.STOP)],
+    [
+        (signal.SIGTERM, StopRequest.REQUEUE),
+        (signal.SIGUSR1, StopRequest.REQUEUE),
+        (signal.SIGHUP, StopRequest.REQUEUE),
+        (signal.SIGINT, StopRequest.STOP),
+    ],
 )
-def test_signals_set_a_flag(tmp_path: Path, number: signal.Signals, level: int) -> None:
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        stop = StopRequest(tmp_path / "STOP")
-        assert stop.poll(0) == StopRequest.NONE
-        os.kill(os.getpid(), number)
-        assert stop.poll(1) == level
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+def test_signals_set_a_flag(tmp_path: Path, handlers: None, number: signal.Signals, level: int) -> None:
+    stop = StopRequest(tmp_path / "STOP")
+    assert stop.poll(0) == StopRequest.NONE
+    os.kill(os.getpid(), number)
+    assert (stop.poll(1), stop.cause) == (level, number.name)
+
+
+def test_the_first_signal_decides(tmp_path: Path, handlers: None) -> None:
+    """On Ctrl-C the terminal sends INT to all ranks, and deepspeed's launcher TERM after it."""
+    stop = StopRequest(tmp_path / "STOP")
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.poll(0) == StopRequest.STOP
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored(tmp_path: Path, handlers: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest(tmp_path / "STOP")
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.poll(0) == StopRequest.NONE
 
 
 @pytest.mark.parametrize("reason, code", [("done", 0), ("stop", 0), ("requeue", 85), ("error", 1), ("bad_input", 2)])

@@ -1,0 +1,122 @@
+"""Predictions of several laws on a grid of inputs: values, what lies out of range, and how far the laws disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from megascale.config.errors import InputError
+from megascale.laws.law import Law, Quantity
+from megascale.laws.study import SavedFit
+
+Point = Mapping[str, float]
+
+
+def grid(at: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
+    """All combinations of the values. InputError for a value that is not positive and finite."""
+    for symbol, values in at.items():
+        for value in values:
+            if not (np.isfinite(value) and value > 0):
+                raise InputError(f"--at {symbol}", f"{value:g} is not a positive number", "give positive numbers: N=1e9,2e9")
+    return [dict(zip(at, values, strict=True)) for values in product(*at.values())]
+
+
+def predict(laws: Sequence[Law], at: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """What each law says at each point: law, quantity, unit, inputs, value, and the symbols that leave its range.
+
+    Raises:
+        InputError: a symbol that no law has, an input that is no positive number, inputs that determine nothing.
+    """
+    known = {symbol for law in laws for symbol in law.given}
+    for symbol in at:
+        if symbol not in known:
+            needs = "; ".join(f"{law.name}: {', '.join(law.given)}" for law in laws)
+            raise InputError(f"--at {symbol}", "is no input of the law", f"inputs: {needs}")
+    points = grid(at)
+    rows = []
+    for law in laws:
+        own = [{symbol: value for symbol, value in point.items() if symbol in law.given} for point in points]
+        for quantity in law.answerable({symbol: np.asarray(value) for symbol, value in own[0].items()}):
+            seen = set()
+            for point in own:
+                used = {symbol: point[symbol] for symbol in quantity.inputs}
+                if tuple(used.values()) not in seen:
+                    seen.add(tuple(used.values()))
+                    rows.append(_row(law, quantity, used))
+    return rows
+
+
+def _row(law: Law, quantity: Quantity, used: Point) -> dict[str, Any]:
+    inputs = {symbol: np.asarray([value]) for symbol, value in used.items()}
+    with np.errstate(all="ignore"):
+        value = float(np.ravel(law.predict(quantity.name, inputs))[0])
+    return {
+        "law": law.name,
+        "quantity": quantity.name,
+        "unit": quantity.unit,
+        "inputs": dict(used),
+        "value": value,
+        "out_of_range": {s: _range(law, s) for s in law.outside(inputs, quantity.inputs)},
+        "dimensionless": quantity.dimensionless,
+        "corpus": law.corpus,
+    }
+
+
+def _range(law: Law, symbol: str) -> list[float]:
+    variable = law.variables[symbol]
+    return [variable.low, variable.high]
+
+
+def disagreements(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Where two laws or more predict the same quantity at compatible inputs: the spread, largest over smallest.
+
+    Losses are compared within one corpus only: another corpus or tokenizer shifts them. Ratios and multipliers are compared always.
+    Laws may need different inputs for one quantity: inputs are compatible when the shared ones are equal.
+    """
+    found = []
+    names = dict.fromkeys(row["quantity"] for row in rows)
+    for name in names:
+        group = [row for row in rows if row["quantity"] == name]
+        if len({row["law"] for row in group}) < 2:
+            continue
+        if not group[0]["dimensionless"] and len({row["corpus"] for row in group}) > 1:
+            laws = sorted({row["law"] for row in group})
+            found.append({"quantity": name, "laws": laws, "not_compared": "measured on different corpora"})
+            continue
+        widest = max(group, key=lambda row: len(row["inputs"]))["law"]
+        for base in (row for row in group if row["law"] == widest):
+            values = {row["law"]: row["value"] for row in group if _compatible(row["inputs"], base["inputs"])}
+            finite = [value for value in values.values() if np.isfinite(value) and value > 0]
+            if len(finite) > 1:
+                found.append({"quantity": name, "inputs": base["inputs"], "values": values, "spread": max(finite) / min(finite)})
+    return found
+
+
+def _compatible(one: Point, other: Point) -> bool:
+    return all(one[symbol] == other[symbol] for symbol in one.keys() & other.keys())
+
+
+def predict_saved(saved: SavedFit, at: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """The same for one of our fits, with 95 % intervals from its bootstrap.
+
+    Raises:
+        InputError: inputs that are missing or that the form does not have.
+    """
+    form = saved.draws.form
+    if set(at) != set(form.inputs):
+        raise InputError(
+            "--at", f"gives {', '.join(at) or 'nothing'}; {form.name} needs {', '.join(form.inputs)}", "give these inputs"
+        )
+    rows = []
+    for point in grid(at):
+        inputs = {symbol: np.asarray([value]) for symbol, value in point.items()}
+        low, high = saved.draws.predictions(inputs) if saved.draws.values else (np.array([np.nan]), np.array([np.nan]))
+        rows.append({
+            "law": f"{form.name} fitted to {saved.place}", "quantity": "loss", "unit": "as fitted", "inputs": point,
+            "value": float(form.evaluate(saved.values, inputs)[0]), "low": float(low[0]), "high": float(high[0]),
+            "out_of_range": {symbol: list(saved.box[symbol]) for symbol in saved.outside(inputs)},
+        })  # fmt: skip
+    return rows

@@ -1,0 +1,67 @@
+"""Who each token is: its id, and where it stands in the run. What routers ask that the state does not tell. T tokens, P streams."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megascale.model.exchange import Exchange
+from megascale.model.philox import WORD, philox, uniform
+
+MOST_STREAMS = 64
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Where the random choices of a micro-batch stand in the run; the same numbers in every layout."""
+
+    seed: int = 0
+    step: int = 0
+    sample: int = 0
+    """number of the micro-batch's first sequence within its step, over all ranks"""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Of the tokens here, in the order of the state."""
+
+    ids: Tensor
+    """int64 [T], of the vocabulary"""
+    counter: Tensor
+    """int64 [T, 3]: step, sample and position in the sequence"""
+    key: Tensor
+    """int64 [2]: seed and layer"""
+
+    def at(self, layer: int) -> Origin:
+        """For the choices of one layer."""
+        return replace(self, key=torch.stack([self.key[0], torch.full_like(self.key[1], layer)]))
+
+    def draws(self, streams: int, number: int) -> Tensor:
+        """Uniform numbers in [0, 1), fp64 [T, P, number], keyed by (seed, step, layer, sample, position, stream, which of them)."""
+        return _draws(self.counter, self.key, streams, number)
+
+
+# one op for torch.compile: unrolled, its rounds would take the compiler minutes
+@torch.library.custom_op("megascale::draws", mutates_args=())
+def _draws(counter: Tensor, key: Tensor, streams: int, number: int) -> Tensor:
+    step, sample, position = (x[:, None, None] for x in counter.unbind(1))
+    stream = torch.arange(streams, device=counter.device)[:, None]
+    block = torch.arange(-(-number // 4), device=counter.device)
+    words = philox((sample, position, step, block * MOST_STREAMS + stream), (key[0], key[1]))
+    return uniform(torch.stack(torch.broadcast_tensors(*words), -1)).flatten(2)[..., :number].contiguous()
+
+
+@_draws.register_fake
+def _(counter: Tensor, key: Tensor, streams: int, number: int) -> Tensor:
+    return counter.new_empty(counter.shape[0], streams, number, dtype=torch.float64)
+
+
+def origin_of(tokens: Tensor, draw: Draw, share_tokens: Exchange) -> Origin:
+    """The origin of this rank's share of the tokens [B, S] of a micro-batch."""
+    batch, length = tokens.shape
+    index = torch.arange(batch * length, device=tokens.device)
+    counter = torch.stack([torch.full_like(index, draw.step), index // length + draw.sample, index % length], 1)
+    key = torch.stack([index.new_full((), draw.seed & WORD), index.new_zeros(())])
+    return Origin(share_tokens(tokens.flatten()), share_tokens(counter), key)

@@ -1,0 +1,26 @@
+"""On whose account a collective goes where its process group does not tell: gradients and the loop's sums travel over the same ranks as the
+model's exchanges. Only the ledger (`megascale.parallel.ledger`) reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_account: ContextVar[str | None] = ContextVar("account", default=None)
+
+
+@contextmanager
+def charged_to(axis: str) -> Iterator[None]:
+    """Collectives issued inside, by this thread, belong to `axis`. Not for code that is compiled: it would break the graph."""
+    before = _account.set(axis)
+    try:
+        yield
+    finally:
+        _account.reset(before)
+
+
+def account() -> str | None:
+    """The axis that collectives belong to now; none: their process group tells."""
+    return _account.get()

@@ -1,0 +1,150 @@
+"""`megascale laws`: every verb prints what it found, as text and as JSON; bad input ends with code 2."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megascale.cli import main
+from megascale.laws.registry import form_named, law_named
+
+LOSSES = str(Path(str(files("megascale.laws"))) / "data" / "parscale_losses.csv")
+PILE = ["--runs", LOSSES, "--where", "corpus=pile", "--starts", "4"]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]):
+    """Runs `megascale laws ...`; the printed text, or the JSON document."""
+
+    def run(*words: str) -> Any:
+        assert main(["laws", *words]) == 0
+        out = capsys.readouterr().out
+        return json.loads(out) if "--json" in words else out
+
+    return run
+
+
+def routers_csv(path: Path) -> Path:
+    """Losses that obey the registry's laws of two routers."""
+    rows = ["N,E,router,loss"]
+    for router, law in (("one", "routed-s-base"), ("two", "routed-hash")):
+        for n in np.geomspace(2e7, 1.2e9, 5):
+            for e in (1, 2, 8, 32, 128, 512):
+                loss = law_named(law).predict("loss", {"N": np.array([n]), "E": np.array([float(e)])})[0]
+                if e > 1 or router == "one":
+                    rows.append(f"{n},{e},{'dense' if e == 1 else router},{loss:.6f}")
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_list_and_show(call) -> None:
+    assert "parscale-pile" in call("list") and "routed-floor" in call("list", "--forms")
+    assert {"law", "source", "evidence"} <= set(call("list", "--json")[0])
+    shown = call("show", "routed-rl-r", "--json")
+    assert shown["constants"]["c"]["printed"] == "0.012" and shown["printed_error"] > 0.01
+    text = call("show", "routed-rl-r")
+    assert "as printed the law would predict +1.20%" in text and "experts" in text
+
+
+def test_predict_flags_what_is_out_of_range_and_says_how_far_laws_disagree(call) -> None:
+    found = call("predict", "joint-moe", "ling-leverage", "--at", "C=1e20,1e22", "E=32", "A=0.03125", "G=2", "--json")
+    far = [row for row in found["predictions"] if row["law"] == "joint-moe" and row["inputs"]["C"] == 1e22]
+    assert far and all(list(row["out_of_range"]) == ["C"] for row in far)
+    (near,) = [row for row in found["disagreements"] if row["inputs"]["C"] == 1e20]
+    assert near["quantity"] == "compute_multiplier"
+    assert near["spread"] == pytest.approx(near["values"]["ling-leverage"] / near["values"]["joint-moe"])
+    assert "OUT OF RANGE: C outside" in call("predict", "joint-moe", "--at", "C=1e22", "E=32")
+
+
+def test_losses_of_different_corpora_are_not_compared(call) -> None:
+    found = call("predict", "parscale-pile", "routed-hash", "--at", "N=1e9", "P=4", "E=8", "--json")["disagreements"]
+    assert found == [
+        {"quantity": "loss", "laws": ["parscale-pile", "routed-hash"], "not_compared": "measured on different corpora"}
+    ]
+    same = call("predict", "chinchilla", "besiroglu", "--at", "N=1e9", "D=2e10", "--json")["disagreements"]
+    assert {row["quantity"] for row in same} == {"loss", "compute_share"}
+
+
+def test_fit_saves_what_predict_reads(call, tmp_path: Path) -> None:
+    saved = str(tmp_path / "fit.json")
+    found = call("fit", "parscale", *PILE, "--bootstrap", "20", "--save", saved, "--json")
+    k = found["parameters"]["k"]
+    assert k["low"] < k["value"] < k["high"] and found["largest_size"]["runs"] == 4
+    text = call("fit", "parscale", *PILE, "--bootstrap", "0", "--delta", "0.001")
+    assert "R2 0.9987" in text and "left out one at a time" in text
+    inside, beyond = call("predict", saved, "--at", "N=1e9", "P=4,16", "--json")["predictions"]
+    assert inside["low"] < inside["value"] < inside["high"] and not inside["out_of_range"]
+    assert beyond["out_of_range"] == {"P": [1.0, 8.0]}
+
+
+def test_compare_ranks_forms_and_reports_refusals(call) -> None:
+    rows = call("compare", "parscale", "parscale-correlation", "chinchilla", *PILE, "--json")
+    assert [row["form"] for row in rows] == ["parscale", "parscale-correlation", "chinchilla"]
+    assert "no column D" in rows[2]["refused"]
+    assert "chinchilla refused" in call("compare", "parscale", "parscale-correlation", "chinchilla", *PILE)
+
+
+def test_compare_routers(call, tmp_path: Path) -> None:
+    options = ["--runs", str(routers_csv(tmp_path / "routers.csv")), "--starts", "4", "--bootstrap", "10"]
+    found = call("compare", "--routers", *options, "--at", "N=1e9", "E=64", "--json")
+    assert set(found["routers"]) == {"one", "two"}
+    (count,) = found["routers"]["one"]["effective_parameters"]
+    # The dense losses are those of one law, so the other's constants bend a little.
+    expected = law_named("routed-s-base").predict("effective_parameters", {"N": np.array([1e9]), "E": np.array([64.0])})[0]
+    assert count["effective_parameters"] == pytest.approx(expected, rel=1e-3)
+    assert found["routers"]["one"]["cutoff"]["value"] == pytest.approx(937e9, rel=0.05)
+    assert len(found["cells"]) == 25 and found["best"] == {"one": 25}
+    assert found["predicted"][0]["order"] == ["one", "two"]
+    text = call("compare", "--routers", *options, "--at", "N=1e9", "E=64")
+    assert "N_cutoff" in text and "lowest measured loss, of 25 cells: one in 25" in text
+
+
+def test_plots(call, tmp_path: Path) -> None:
+    call("plot", "parscale-pile", "--x", "N", "--at", "P=1,2,4,8", "--out", str(tmp_path / "law.png"))
+    call("plot", "parscale", "--x", "N", *PILE, "--bootstrap", "5", "--out", str(tmp_path / "fit.svg"))
+    assert (tmp_path / "law.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "fit.svg").read_text().count("<path") > 20
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["show", "chinchila"], "did you mean chinchilla"),
+        (["predict", "chinchilla", "--at", "N=1e9"], "loss needs N, D"),
+        (["predict", "chinchilla", "--at", "N=1e9", "E=2"], "is no input of the law"),
+        (["predict", "chinchilla", "--at", "N=x"], "is no number"),
+        (["predict", "chinchilla", "--at", "N=-1", "D=1e9"], "not a positive number"),
+        (["predict", "none.json", "--at", "N=1"], "there is no such file"),
+        (["predict", "none.json", "chinchilla", "--at", "N=1"], "predict with it alone"),
+        (["fit", "parscal", "--runs", LOSSES], "did you mean parscale"),
+        (["fit", "parscale", "--runs", "no.csv"], "there is no such file"),
+        (["fit", "parscale", "--runs", LOSSES, "--delta", "-1"], "is not positive"),
+        (["fit", "chinchilla", *PILE, "--map", "D=42e9"], "cannot learn what D does"),
+        (["compare", "parscale", *PILE], "two forms or more"),
+        (["compare", "--routers", "parscale", *PILE], "takes no forms"),
+        (["compare", "--routers", *PILE, "--map", "E=P"], "no column of routers"),
+        (["plot", "parscale-pile", "--x", "N", "--out", "x.png"], "needs more than N"),
+        (["plot", "kaplan-compute", "--x", "C", "--out", "x.png"], "states no range of C"),
+        (["plot", "parscale", "--x", "D", *PILE, "--bootstrap", "0", "--out", "x.png"], "is no input of parscale"),
+    ],
+)
+def test_bad_input_is_one_message_and_code_2(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["laws", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_infinite_cutoff_is_text_in_json(call, tmp_path: Path) -> None:
+    """JSON has no infinity: where routing helps at every size the cut-off is the text inf."""
+    path = routers_csv(tmp_path / "routers.csv")
+    lines = path.read_text().splitlines()
+    form, values = form_named("routed"), {**law_named("routed-hash").values, "c": -0.002, "b": -0.03}
+    rows = [line.split(",") for line in lines[1:]]
+    losses = [float(form.evaluate(values, {"N": np.array([float(r[0])]), "E": np.array([float(r[1])])})[0]) for r in rows]
+    path.write_text("\n".join([lines[0], *(f"{','.join(r[:3])},{loss:.8f}" for r, loss in zip(rows, losses, strict=True))]))
+    found = call("compare", "--routers", "--runs", str(path), "--starts", "4", "--bootstrap", "0", "--json")
+    assert found["routers"]["one"]["cutoff"]["value"] == "inf"

@@ -1,0 +1,91 @@
+"""The ledger: what collectives cost a rank, on whose account they go, and the bytes of a step by formula."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ledgers import ledger_of_a_step
+from megascale.config.schema import Model, Parallel
+from megascale.parallel.charge import charged_to
+from megascale.parallel.ledger import Entry, Ledger
+from megascale.parallel.mesh import STAGE, open_mesh
+from ranks import RankPool
+from runs import ALL_AXES, one_process, tiny_config
+
+BYTES = 40
+"""of ten fp32 numbers"""
+
+
+def every_collective(rank: int, size: int) -> tuple[list[Entry], list[int]]:
+    """All kinds over the two ranks of tp, of a mesh of dp 2 x tp 2; and the same tensors without the ledger."""
+    mesh = open_mesh(Parallel(tp=2), Model(), one_process(rank, size))
+    group = mesh.group(mesh.along("tp"))
+    x, two = torch.ones(10), torch.empty(20)
+    with Ledger(mesh) as ledger:
+        dist.all_reduce(x, group=group)
+        dist.all_gather_into_tensor(two, x, group=group)
+        dist.all_gather([torch.empty(10), torch.empty(10)], x, group=group)
+        dist.reduce_scatter_tensor(torch.empty(10), two, group=group)
+        dist.all_to_all_single(torch.empty(10), x, group=group)
+        dist.broadcast(x, mesh.along("tp")[0], group=group)
+        dist.all_reduce(x, group=mesh.group(mesh.along(*STAGE)))
+        mesh.sum(x, "dp")
+        mesh.world.sum(x)
+        with charged_to("dp"):
+            dist.all_reduce(x, group=group)
+        works = [dist.isend(x, rank ^ 2), dist.irecv(torch.empty(10), rank ^ 2)]
+        for work in works:
+            work.wait()
+    dist.all_reduce(x, group=group)
+    return ledger.entries(), [int(two[0]), int(x[0])]
+
+
+def test_every_collective_is_counted_once_on_its_account_and_runs(ranks: RankPool) -> None:
+    for entries, values in ranks.run(every_collective, world_size=4):
+        assert entries == [
+            Entry("dp", "all-reduce", 2, 1, BYTES),
+            Entry("ep", "all-to-all", 2, 1, BYTES),
+            Entry("pp", "send", 4, 1, BYTES),
+            Entry("stage", "all-reduce", 4, 1, BYTES),
+            Entry("tp", "all-gather", 2, 2, 4 * BYTES),
+            Entry("tp", "all-reduce", 2, 1, BYTES),
+            Entry("tp", "broadcast", 2, 1, BYTES),
+            Entry("tp", "reduce-scatter", 2, 1, 2 * BYTES),
+            Entry("world", "all-reduce", 2, 1, BYTES),
+            Entry("world", "all-reduce", 4, 1, BYTES),
+        ]
+        assert values == [2, 2 * 4 * 2 * 4 * 2 * 2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"), [("all-reduce", 150), ("all-gather", 75), ("reduce-scatter", 75), ("all-to-all", 75), ("send", 100)]
+)
+def test_bytes_that_leave_one_of_four_ranks_in_a_ring(kind: str, sent: int) -> None:
+    assert Entry("tp", kind, 4, 1, 100).sent == sent
+
+
+def test_a_real_step_sends_what_the_formulas_say(ranks: RankPool, tmp_path: Path, tiny_corpus: Path) -> None:
+    """Two stages of two layers on tp = 2 of fp32: T tokens of a micro-batch, P streams, K blocks, d width, n = 2 ranks."""
+    micro_batches, layers, width, streams, blocks = 2, 2, 32, 2, 2
+    tokens = 8 // micro_batches * 32
+    config = tiny_config(
+        tmp_path, tiny_corpus, "model={width: 32, layers: 4, heads: 4, kv_heads: 2, ffn_width: 64}", ALL_AXES[0], ALL_AXES[2],
+        "batch={sequences: 8, micro_batches: 2}", "parallel={pp: 2, tp: 2, zero_stage: 0}",
+    )  # fmt: skip
+    found = ranks.run(ledger_of_a_step, config.model_dump(), world_size=4)
+    half, state = Fraction(1, 2), tokens * streams * width * 4
+    # forward: attention and feed-forward gather and scatter [T, P, d] each; backward the other way round
+    layer = (2 + 2) * half * state
+    # embedding: one scatter of [T, d], backward a gather; head: one gather of [T, d], backward a scatter
+    end = half * tokens * width * 4
+    for entries in found:
+        sent = {(entry.axis, entry.kind): entry.sent for entry in entries}
+        for kind in ("all-gather", "reduce-scatter"):
+            assert sent["tp", kind] == micro_batches * (layers * layer + end)
+        # the state of this rank's half of the tokens, forward from the first stage, its gradient backward from the second
+        assert sent["pp", "send"] == micro_batches * state * blocks // 2
