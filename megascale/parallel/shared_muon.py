@@ -45,6 +45,7 @@ class SharedMuon(PlainEngine):
         mine = {id(self.leaves[name][i]) for (name, i), owner in self.owners.items() if owner == mesh.world.rank}
         for torch_group, _ in self.torch_groups:
             torch_group["params"] = [leaf for leaf in torch_group["params"] if id(leaf) in mine]
+        self._forget_others(mine)
 
     def _share_out(self) -> dict[Matrix, int]:
         """The owner of every matrix: the next goes to the rank with the least work so far. All ranks find the same."""
@@ -57,6 +58,14 @@ class SharedMuon(PlainEngine):
                 owners[name, i] = owner = min(ranks, key=lambda rank: (loads[rank], rank))
                 loads[owner] += leaf.numel() * min(leaf.shape)
         return owners
+
+    def _forget_others(self, mine: Collection[int]) -> None:
+        """Give back the masters of matrices that other ranks update (fp32 ones are the model's own memory)."""
+        for name, leaves in self.leaves.items():
+            if self.parameters[name].dtype != torch.float32:
+                for leaf in leaves:
+                    leaf.data = leaf.data.clone() if id(leaf) in mine else leaf.data.new_empty(0)
+        self.masters = {}
 
     def _owned(self) -> Iterator[tuple[str, int, nn.Parameter]]:
         for (name, i), owner in self.owners.items():
@@ -109,11 +118,25 @@ class SharedMuon(PlainEngine):
     @torch.no_grad()
     def load(self, reader: CheckpointReader, new: Collection[str] = (), moments: bool = True) -> None:
         """See `Engine`."""
-        super().load(reader, new, moments)
         (optimizer,) = self.optimizers
-        mine = {id(leaf) for _, _, leaf in self._owned()}
-        for leaf in [leaf for leaf in optimizer.state if id(leaf) not in mine]:
-            del optimizer.state[leaf]
+        kinds = {key.split("/", 1)[0] for key in reader.names() if moments and key.startswith("muon.")}
+        owned: dict[str, list[tuple[int, nn.Parameter]]] = {}
+        for name, i, leaf in self._owned():
+            owned.setdefault(name, []).append((i, leaf))
+        for name, parameter in self.parameters.items():
+            if name in new:
+                continue
+            offsets, sizes = self.placements[name].offsets, tuple(parameter.shape)
+            for kind in ("model", *kinds) if name in owned else ("model",):
+                read = reader.read(f"{kind}/{name}", offsets, sizes)
+                for i, leaf in owned.get(name, ()):
+                    matrix = read if read.ndim == 2 else read[i]
+                    if kind == "model":
+                        leaf.copy_(matrix)
+                    else:
+                        optimizer.state[leaf][kind.split(".", 1)[1]] = matrix.clone().to(leaf.device)
+                if kind == "model":
+                    parameter.copy_(read)
 
 
 class ZeroMuonEngine:

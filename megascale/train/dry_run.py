@@ -271,7 +271,7 @@ def _scaled(entries: Sequence[Entry], micro_batches: int, run: int) -> list[Entr
 def _kept(engine: PlainEngine, mesh: Mesh, zero: int) -> Memory:
     """What stays in memory, by arithmetic: fp32 gradients; masters of what is not fp32; two moments of AdamW, one of Muon.
 
-    ZeRO divides masters (of fp32 parameters too, which it copies) and moments by the ranks that share them; stage 3 parameters too.
+    ZeRO divides masters (AdamW's of fp32 parameters too, which DeepSpeed copies) and moments by the ranks that share them; stage 3 parameters too.
     """
     moments = {name: 2 if group.optimizer == "adamw" else 1 for group in engine.groups for name in group.parameters}
     weights = gradients = optimizer = whole = 0
@@ -281,7 +281,7 @@ def _kept(engine: PlainEngine, mesh: Mesh, zero: int) -> Memory:
         whole += size * parameter.element_size()
         weights += -(-size * parameter.element_size() // (shards if zero == 3 else 1))
         gradients += 4 * size * trained
-        copied = parameter.dtype != torch.float32 or (zero > 0 and trained)
+        copied = parameter.dtype != torch.float32 or (zero > 0 and moments.get(name) == 2)
         optimizer += -(-4 * size * (copied + moments.get(name, 0)) // (shards if trained else 1))
     elements = sum(p.numel() for p in engine.parameters.values())
     gathered = whole * min(elements, MOST_LIVE) // elements if zero == 3 else 0
