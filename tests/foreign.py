@@ -88,6 +88,23 @@ CASES: dict[str, Case] = {
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
         {"qk_norm": True, "experts": {"count": 4, "per_token": 2, "width": 16}},
     ),
+    "Qwen3-MoE window": Case(
+        "Qwen3Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+        },
+        {"qk_norm": True, "sliding_window": 5, "experts": {"count": 4, "per_token": 2, "width": 16}},
+    ),  # fmt: skip
+    "Qwen3 window": Case(
+        "Qwen3",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+        {"qk_norm": True, "sliding_window": 5},
+    ),
     "Qwen3-MoE, every second layer, k = 1": Case(
         "Qwen3Moe",
         {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "decoder_sparse_step": 2},

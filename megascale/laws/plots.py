@@ -7,9 +7,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from megascale.config.errors import InputError
@@ -92,7 +92,7 @@ def _check_count(lines: int) -> None:
 
 
 def _axes(title: str, x_label: str, y_label: str) -> Axes:
-    axes = plt.figure(figsize=(7, 4.5), layout="constrained").subplots()
+    axes = Figure(figsize=(7, 4.5), layout="constrained").subplots()
     axes.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log")
     axes.grid(alpha=0.3)
     return axes
@@ -114,5 +114,3 @@ def _save(axes: Axes, path: Path) -> None:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise InputError(str(path), f"cannot be written: {error}", "give a path that ends in .png, .pdf or .svg") from error
-    finally:
-        plt.close("all")

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from megascale.config.errors import InputError
 from megascale.laws.refusals import BadTable
 from megascale.laws.table import LOSS, RunTable, read_csv
 from megascale.observe.sinks import read_metrics
@@ -91,7 +90,7 @@ def _row(folder: Path, loss: str | None) -> dict[str, Any]:
         "K": model.altup.blocks,
         "F": forward / 1e12,
         "B": counts.non_embedding / forward,
-        "U": _unique_tokens(last, tokens),
+        "U": _unique_tokens(folder, last, tokens),
         LOSS: _loss(folder, records, loss),
         "router": experts.router if experts.count > 1 else "dense",
     }
@@ -130,9 +129,9 @@ def _loss(folder: Path, records: list[dict[str, Any]], metric: str | None) -> fl
     return float(np.mean(values[-max(1, round(_TAIL * len(values))) :]))
 
 
-def _unique_tokens(last: Mapping[str, Any], tokens: float) -> float:
+def _unique_tokens(folder: Path, last: Mapping[str, Any], tokens: float) -> float:
     """Tokens seen, each source's divided by its epochs above one."""
     shares = {name.removeprefix("data/share/"): float(value) for name, value in last.items() if name.startswith("data/share/")}
     if not shares:
-        raise InputError("metrics.jsonl", "has no data/share/ metrics", "train with this version")
+        raise BadTable(str(folder), "logged no data/share/ metrics, so its unique tokens are not known", "leave it out")
     return sum(share * tokens / max(float(last[f"data/epoch/{source}"]), 1.0) for source, share in shares.items())

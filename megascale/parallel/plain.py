@@ -153,8 +153,8 @@ class PlainEngine:
         """Of the global gradient: each piece counts once, whoever holds it."""
         world = self.mesh.world
         if len(self.flats) == 1 and len(next(iter(self.flats))) == world.size:
-            return torch.linalg.vector_norm(next(iter(self.flats.values())))
-        squares = [torch.linalg.vector_norm(flat).double().square() / len(holders) for holders, flat in self.flats.items()]
+            return _norm_of(next(iter(self.flats.values()))).float()
+        squares = [_norm_of(flat).square() / len(holders) for holders, flat in self.flats.items()]
         return world.sum(torch.stack(squares).sum()).sqrt().float()
 
     @torch.no_grad()
@@ -229,3 +229,8 @@ class PlainEngine:
         if not reader.shape(key):
             return reader.read(key)
         return reader.read(key, self.placements[name].offsets, tuple(self.masters[name].shape))
+
+
+def _norm_of(flat: Tensor) -> Tensor:
+    """Summed in fp64: in fp32 on a CPU torch's is wrong by 1e-3 for 20 million elements (torch 2.13)."""
+    return torch.linalg.vector_norm(flat, dtype=torch.float64)

@@ -142,6 +142,15 @@ def test_the_older_spelling_of_rotary_settings_is_read() -> None:
     assert model.tie_embeddings and model.norm_eps == 1e-5 and model.kv_heads == 8
 
 
+@pytest.mark.parametrize("layers", [2, 28])
+def test_a_window_that_no_layer_has_is_none(layers: int) -> None:
+    values: dict[str, Any] = {key: value for key, value in OLDER.items() if key not in ("mlp_bias", "attention_bias")}
+    values |= {"model_type": "qwen2", "num_hidden_layers": 2, "sliding_window": 9, "max_window_layers": layers}
+    assert read_model({**values, "use_sliding_window": True}, "config.json").sliding_window is None
+    assert read_model({**values, "use_sliding_window": False, "max_window_layers": 0}, "config.json").sliding_window is None
+    assert read_model({**values, "use_sliding_window": True, "max_window_layers": 0}, "config.json").sliding_window == 9
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "bias on o": ("Llama", {"attention_bias": True}, "attention_bias True"),
     "bias in the feed-forward": ("Llama", {"mlp_bias": True}, "mlp_bias True"),

@@ -64,6 +64,7 @@ _SETTINGS = {
     "initializer_range": "init_std",
 }
 _DEFAULTS = {"head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02}
+_QWEN_DEFAULTS = {**_DEFAULTS, "sliding_window": 4096, "max_window_layers": 28}
 _FIXED = {"hidden_act": "silu", "attention_dropout": 0.0, "is_encoder_decoder": False}
 _BIASES = {"attention_bias": False}
 """`attention_bias` puts a bias on the output projection too, which we do not have."""
@@ -113,7 +114,7 @@ QWEN2 = Family(
     _SETTINGS,
     {**_PLAIN, **_QKV_BIAS},
     constants={"qkv_bias": True},
-    defaults=_DEFAULTS,
+    defaults=_QWEN_DEFAULTS,
     fixed=_FIXED,
     window="switched",
 )
@@ -123,7 +124,7 @@ QWEN3 = Family(
     _SETTINGS,
     {**_PLAIN, **_QK_NORM},
     constants={"qk_norm": True},
-    defaults={**_DEFAULTS, "head_dim": 128},
+    defaults={**_QWEN_DEFAULTS, "head_dim": 128},
     fixed={**_FIXED, **_BIASES},
     window="switched",
 )
@@ -160,7 +161,7 @@ QWEN3_MOE = Family(
         **{f"{_OURS}feed_forward.{x}": f"{_THEIRS}mlp.experts.{{expert}}.{x}_proj.weight" for x in _PARTS},
     },
     constants={"qk_norm": True},
-    defaults=_DEFAULTS,
+    defaults={**_QWEN_DEFAULTS, "max_window_layers": 0},
     fixed={**_FIXED, **_BIASES, "mlp_only_layers": []},
     window="switched",
     other_keys=("num_local_experts", "decoder_sparse_step", "norm_topk_prob"),

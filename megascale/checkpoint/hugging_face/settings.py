@@ -162,14 +162,16 @@ def _read_experts(family: Family, values: Mapping[str, Any], found: dict[str, An
 
 def _read_window(family: Family, values: Mapping[str, Any], place: str) -> int | None:
     """The sliding window of all layers; none where none has one."""
-    window = values.get("sliding_window", family.defaults.get("sliding_window")) if family.window != "never" else None
+    if family.window == "never":
+        return None
+    window = values.get("sliding_window", family.defaults["sliding_window"])
     if family.window == "switched":
-        layers, full = values["num_hidden_layers"], values.get("max_window_layers", 28)
-        switched = bool(values.get("use_sliding_window", False)) and window is not None
-        if switched and full not in (0, None) and "layer_types" not in values:
+        layers, full = values["num_hidden_layers"], values.get("max_window_layers", family.defaults["max_window_layers"])
+        if not values.get("use_sliding_window", False) or full >= layers:
+            window = None
+        elif full and window is not None and "layer_types" not in values:
             remedy = "megascale has a window in all layers or in none"
-            raise InputError(place, f"max_window_layers {full}: {min(full, layers)} of {layers} layers have no window", remedy)
-        window = window if switched else None
+            raise InputError(place, f"max_window_layers {full}: {full} of {layers} layers have no window", remedy)
     kinds = set(values.get("layer_types") or ())
     if kinds - {"sliding_attention" if window is not None else "full_attention"}:
         reason = f"layer_types names {', '.join(sorted(kinds))}, the other settings a window of {window}"
