@@ -99,7 +99,7 @@ CASES: dict[str, Case] = {
             "sliding_window": 5,
         },
         {"qk_norm": True, "sliding_window": 5, "experts": {"count": 4, "per_token": 2, "width": 16}},
-    ),  # fmt: skip
+    ),
     "Qwen3 window": Case(
         "Qwen3",
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},

@@ -142,6 +142,34 @@ def test_the_older_spelling_of_rotary_settings_is_read() -> None:
     assert model.tie_embeddings and model.norm_eps == 1e-5 and model.kv_heads == 8
 
 
+SIZES = {"vocab_size": 97, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
+MOE_SIZES = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type", "more"),
+    [
+        ("Llama", "llama", {}),
+        ("Mistral", "mistral", {}),
+        ("Qwen2", "qwen2", {}),
+        ("Qwen2", "qwen2", {"use_sliding_window": True, "max_window_layers": 0}),
+        ("Qwen3", "qwen3", {}),
+        ("Mixtral", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("Qwen3Moe", "qwen3_moe", {"num_experts": 4, **MOE_SIZES}),
+        ("Qwen3Moe", "qwen3_moe", {"num_experts": 4, **MOE_SIZES, "use_sliding_window": True}),
+    ],
+)
+def test_a_key_that_is_not_there_has_the_default_of_their_class(kind: str, model_type: str, more: dict[str, Any]) -> None:
+    theirs = getattr(transformers, f"{kind}Config")(**SIZES, **more)
+    model = read_model({"model_type": model_type, **SIZES, **more}, "config.json")
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    expected = (theirs.rms_norm_eps, theirs.tie_word_embeddings, theirs.initializer_range, head_dim)
+    assert (model.norm_eps, model.tie_embeddings, model.init_std, model.head_dim) == expected
+    assert model.rotary.theta == theirs.rope_parameters["rope_theta"]
+    assert model.sliding_window == getattr(theirs, "sliding_window", None)
+
+
 @pytest.mark.parametrize("layers", [2, 28])
 def test_a_window_that_no_layer_has_is_none(layers: int) -> None:
     values: dict[str, Any] = {key: value for key, value in OLDER.items() if key not in ("mlp_bias", "attention_bias")}

@@ -340,8 +340,9 @@ def test_two_hosts_by_ssh(pair: Hosts, config: Path, hostfile: Path, uninterrupt
     wait_for_step(config, process)
     os.kill(pair.hosts[0].processes(DEEPSPEED)[0], signal.SIGTERM)
     output = finish(process)
+    # the command does not wait for the ranks
+    wait_until(lambda: not any(host.processes(PRETRAIN) for host in pair.hosts), "ranks are left")
     assert (process.returncode, ended_as(config)[0]) == (1, "requeue"), output
-    wait_until(lambda: not any(host.processes(PRETRAIN) for host in pair.hosts), "ranks are left", seconds=10)
     assert_saved_where_it_stopped(config)
     again = start_on(pair.hosts[0], [*common, *training(config)])
     output = finish(again)

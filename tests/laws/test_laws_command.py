@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from megascale.cli import main
+from megascale.laws.plots import _line
 from megascale.laws.registry import form_named, law_named
 
 LOSSES = str(Path(str(files("megascale.laws"))) / "data" / "parscale_losses.csv")
@@ -92,7 +94,7 @@ def test_compare_ranks_forms_and_reports_refusals(call) -> None:
 def test_compare_routers(call, tmp_path: Path) -> None:
     options = ["--runs", str(routers_csv(tmp_path / "routers.csv")), "--starts", "4", "--bootstrap", "10"]
     found = call("compare", "--routers", *options, "--at", "N=1e9", "E=64", "--json")
-    assert set(found["routers"]) == {"one", "two"}
+    assert {name: router["runs"] for name, router in found["routers"].items()} == {"one": 30, "two": 30}  # 5 of them dense
     (count,) = found["routers"]["one"]["effective_parameters"]
     # The dense losses are those of one law, so the other's constants bend a little.
     expected = law_named("routed-s-base").predict("effective_parameters", {"N": np.array([1e9]), "E": np.array([64.0])})[0]
@@ -109,6 +111,15 @@ def test_plots(call, tmp_path: Path) -> None:
     call("plot", "parscale", "--x", "N", *PILE, "--bootstrap", "5", "--out", str(tmp_path / "fit.svg"))
     assert (tmp_path / "law.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "fit.svg").read_text().count("<path") > 20
+
+
+def test_a_curve_is_solid_only_inside_its_range() -> None:
+    axes = Figure().subplots()
+    x, outside = np.array([1.0, 2.0, 3.0]), np.array([True, False, True])
+    _line(axes, x, x, outside, "")
+    solid, dashed = (np.isfinite(line.get_ydata()) for line in axes.lines)
+    assert solid.tolist() == [False, True, False] and dashed.tolist() == [True, False, True]
+    assert axes.lines[1].get_linestyle() == "--"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from layouts import ADAMW, Result, problems, saved, train
+from megascale.checkpoint.weights import BUFFERS
 from ranks import RankPool
 
 MODEL = "model={width: 32, layers: 4, heads: 4, kv_heads: 2, ffn_width: 64}"
@@ -90,7 +91,7 @@ def test_it_holds_for(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: R
 
 
 def buffers(folder: Path, name: str, step: int) -> dict[str, torch.Tensor]:
-    return saved(folder / "runs" / name / "checkpoints" / f"step-{step:08d}", "buffer/")
+    return saved(folder / "runs" / name / "checkpoints" / f"step-{step:08d}", BUFFERS)
 
 
 @pytest.mark.slow
