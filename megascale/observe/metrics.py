@@ -36,9 +36,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("train/total_loss", "nats per token", "language-model loss and weighted auxiliary losses", "loss"),
     Metric("train/aux/balance", "nats per token", "weighted load-balance loss of all routed layers", "routing"),
     Metric("train/aux/router_z", "nats per token", "weighted router z-loss of all routed layers", "routing"),
-    Metric("train/aux/entropy", "nats per token", "rl_r: weighted entropy of the policies of all routed layers, negative", "routing"),
+    Metric(
+        "train/aux/entropy", "nats per token", "rl_r: weighted entropy of the policies of all routed layers, negative", "routing"
+    ),
     Metric("train/aux/policy", "nats per token", "rl_r: weighted REINFORCE loss of all routed layers", "routing"),
-    Metric("train/aux/baseline", "nats per token", "rl_r: weighted squared error of the baselines of all routed layers", "routing"),
+    Metric(
+        "train/aux/baseline", "nats per token", "rl_r: weighted squared error of the baselines of all routed layers", "routing"
+    ),
     Metric("val/{source}/loss", "nats per token", "loss on the held-out documents of a source", "validation"),
     Metric("val/{source}/bits_per_byte", "bits per byte", "that loss per byte of text, for any tokenizer", "validation"),
     Metric("train/grad_norm", "norm", "global gradient norm before clipping", "optimizer"),
@@ -51,8 +55,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("perf/mfu", "share of peak", "model FLOPs utilisation, attention counted where it is visible", "throughput"),
     Metric("perf/mfu_full", "share of peak", "the same with full attention counted, as Megatron and PaLM do", "throughput"),
     Metric("phase/loss_bump", "nats", "loss of a phase's first step minus the mean of the ten steps before it", "phases"),
-    Metric("phase/tokens_to_recover", "tokens", "loss tokens of a phase until the mean of ten steps is back at that mean", "phases"),
-    Metric("perf/hfu", "share of peak", "hardware FLOPs utilisation: as perf/mfu, with recomputed layers counted again", "throughput"),
+    Metric(
+        "phase/tokens_to_recover", "tokens", "loss tokens of a phase until the mean of ten steps is back at that mean", "phases"
+    ),
+    Metric(
+        "perf/hfu", "share of peak", "hardware FLOPs utilisation: as perf/mfu, with recomputed layers counted again", "throughput"
+    ),
     Metric("memory/peak_gib", "GiB", "most device memory allocated during the step, largest over ranks", "memory"),
     Metric("memory/rss_gib", "GiB", "resident memory of the process, on runs without an accelerator", "memory"),
     Metric("moe/layer_{layer}/load_max_over_mean", "ratio", "tokens of the busiest expert over the mean; 1 is even", "routing"),

@@ -1,7 +1,7 @@
 """Muon beside ZeRO: whole matrices, each with its momentum and its orthogonalisation on one of the ranks that hold it.
 
-What ZeRO 1 does by flat pieces (arXiv 1910.02054, section 5.1) is done here by matrices, because Newton-Schulz needs them whole. The work is
-shared too: every rank orthogonalises its own matrices only.
+What ZeRO 1 does by flat pieces (arXiv 1910.02054, section 5.1) is done here by matrices, because Newton-Schulz needs them whole. The
+work is shared too: every rank orthogonalises its own matrices only.
 """
 
 from __future__ import annotations

@@ -271,7 +271,8 @@ def _scaled(entries: Sequence[Entry], micro_batches: int, run: int) -> list[Entr
 def _kept(engine: PlainEngine, mesh: Mesh, zero: int) -> Memory:
     """What stays in memory, by arithmetic: fp32 gradients; masters of what is not fp32; two moments of AdamW, one of Muon.
 
-    ZeRO divides masters (AdamW's of fp32 parameters too, which DeepSpeed copies) and moments by the ranks that share them; stage 3 parameters too.
+    ZeRO divides masters (AdamW's of fp32 parameters too, which DeepSpeed copies) and moments by the ranks that share them; stage 3
+    parameters too.
     """
     moments = {name: 2 if group.optimizer == "adamw" else 1 for group in engine.groups for name in group.parameters}
     weights = gradients = optimizer = whole = 0
