@@ -74,7 +74,11 @@ def train(
 
 
 def layout_config(folder: Path, corpus: Path, name: str, *overrides: str) -> Config:
+    # a whole model section replaces what is set below it: sizes come before the axes
+    sizes = [override for override in overrides if override.startswith("model={")]
+    overrides = tuple(override for override in overrides if override not in sizes)
     settings = (
+        *sizes,
         *ALL_AXES,
         "batch={sequences: 8, micro_batches: 2}",
         "schedule={warmup_steps: 0, shape: constant}",
@@ -82,7 +86,10 @@ def layout_config(folder: Path, corpus: Path, name: str, *overrides: str) -> Con
         *overrides,
         f"run.name={name}",
     )
-    return tiny_config(folder, corpus, *settings)
+    config = tiny_config(folder, corpus, *settings)
+    model = config.model
+    assert min(model.streams.count, model.experts.count, model.altup.blocks) > 1, "a layout test of a plain model proves little"
+    return config
 
 
 def reproducible(records: list[Record]) -> list[Record]:

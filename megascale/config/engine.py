@@ -25,6 +25,7 @@ OURS = {
     "amp": "precision",
     "torch_autocast": "precision",
     "data_types": "precision",
+    "communication_data_type": "precision",
     "tensor_parallel": "parallel.tp",
     "pipeline": "parallel.pp",
     "expert_parallel": "parallel.ep",
@@ -40,6 +41,15 @@ OURS = {
 
 SUMS = ("gradient_allreduce_op", "prescale_gradients", "gradient_predivide_factor")
 """Keys that would change the sum of the gradients over ranks, which the losses are scaled for."""
+
+FIXED = (
+    "contiguous_gradients",
+    "reduce_scatter",
+    "parameter_alignment",
+    "memory_efficient_linear",
+    "compute_grad_norm",
+)
+"""Keys of zero_optimization whose value the DeepSpeed engine here depends on."""
 
 UNTESTED = ("offload_", "cpu_offload", "round_robin_gradients", "zero_hpz_partition_size", "mics_")
 """Beginnings of the keys of zero_optimization that this version refuses."""
@@ -60,8 +70,7 @@ def engine_problems(config: Config, world: int | None) -> Iterator[Problem]:
             yield Problem((*path, key), "gradients are summed over ranks, because losses are scaled for a sum; remove it")
     if "zero_optimization" in given:
         yield from _zero_problems(given["zero_optimization"])
-    automatic = config.parallel.zero_stage is None and config.optimizer.name == "adamw"
-    if given and automatic and world is not None and zero_stage_of(config, world) == 0:
+    if given and config.parallel.zero_stage is None and world is not None and zero_stage_of(config, world) == 0:
         reason = "has no effect: one data-parallel rank runs without DeepSpeed; remove it, or set parallel.zero_stage"
         yield Problem(path, reason)
 
@@ -76,5 +85,7 @@ def _zero_problems(settings: Any) -> Iterator[Problem]:
             yield Problem(
                 (*path, key), "megascale sets this itself, from parallel.zero_stage; remove it and set parallel.zero_stage"
             )
+        elif key in FIXED:
+            yield Problem((*path, key), "megascale's engine depends on its own value; remove it")
         elif key.startswith(UNTESTED):
             yield Problem((*path, key), "not tested with megascale yet, so refused; remove it")

@@ -38,6 +38,9 @@ def contradictions(config: Config) -> Iterator[Problem]:
     if parallel.pp > 1 and parallel.schedule == "interleaved" and parallel.virtual_stages == 1:
         reason = "interleaved needs at least 2 stages a rank; set parallel.virtual_stages=2, or parallel.schedule=1f1b"
         yield Problem(("parallel", "virtual_stages"), reason, (("parallel", "schedule"),))
+    if parallel.zero_stage == 3 and config.compile == "on":
+        reason = "3 gathers weights inside the layers, which torch.compile would trace; set compile=auto"
+        yield Problem(("parallel", "zero_stage"), reason, (("compile",),))
     if parallel.zero_stage == 3 and config.optimizer.name == "muon":
         reason = "3 cuts the matrices, which Muon needs whole; set parallel.zero_stage=2"
         yield Problem(("parallel", "zero_stage"), reason, (("optimizer", "name"),))

@@ -156,6 +156,6 @@ def _address_towards(host: str) -> str:
 
 
 def end_world(world: World) -> None:
-    """Leave the process group."""
-    if world.size > 1:
+    """Leave the process group, also that of a single rank, which DeepSpeed needs."""
+    if dist.is_initialized():
         dist.destroy_process_group()

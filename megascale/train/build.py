@@ -104,8 +104,11 @@ def build(config: Config, data: OpenData, mesh: Mesh, say: Callable[[str], None]
     everywhere = {name: len(shape) for name, shape in shapes.items()}
     groups = optimizer_groups(parameters.items(), config.optimizer, everywhere, new)
     weights = cast(parameters, config.precision)
-    compile_layers(stages.modules(), config.compile, mesh.world.device.torch, say)
     zero = zero_stage_of(config, mesh.world.size)
+    if zero == 3 and config.compile == "auto":
+        say("training eagerly: torch.compile would trace DeepSpeed's gathering of weights (ZeRO 3) in every layer")
+    else:
+        compile_layers(stages.modules(), config.compile, mesh.world.device.torch, say)
     if zero == 0:
         engine: Engine = PlainEngine(groups, weights, parameters, placements, config.optimizer, mesh)
     else:

@@ -46,6 +46,11 @@ def test_the_settings_named_instead_exist() -> None:
     [
         ("{zero_optimization: {stage: 2}}", "zero_optimization.stage: megascale sets this itself, from parallel.zero_stage"),
         ("{zero_optimization: {offload_optimizer: {device: cpu}}}", "zero_optimization.offload_optimizer: not tested"),
+        (
+            "{zero_optimization: {reduce_scatter: false}}",
+            "zero_optimization.reduce_scatter: megascale's engine depends on its own",
+        ),
+        ("{communication_data_type: fp16}", "communication_data_type: megascale sets this itself, from precision"),
         ("{zero_optimization: {cpu_offload: true}}", "zero_optimization.cpu_offload: not tested"),
         ("{zero_optimization: {round_robin_gradients: true}}", "zero_optimization.round_robin_gradients: not tested"),
         ("{zero_optimization: {zero_hpz_partition_size: 2}}", "zero_optimization.zero_hpz_partition_size: not tested"),

@@ -144,6 +144,10 @@ TWO_MICRO_BATCHES = "batch: {micro_batches: 2}\n"
             "interleaved needs at least 2 stages a rank; set parallel.virtual_stages=2, or parallel.schedule=1f1b",
         ),
         (
+            "compile: 'on'\nparallel: {zero_stage: 3}",
+            "3 gathers weights inside the layers, which torch.compile would trace; set compile=auto",
+        ),
+        (
             "optimizer: {name: muon}\nparallel: {zero_stage: 3}",
             "3 cuts the matrices, which Muon needs whole; set parallel.zero_stage=2",
         ),
