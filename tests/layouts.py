@@ -23,7 +23,7 @@ from runs import ALL_AXES, Run, losses, one_process, tiny_config
 ADAMW = ("optimizer={lr: 0.003, eps: 1e-5}",)
 # With an epsilon far above the moments and no memory, AdamW's update is the gradient times lr / eps.
 SGD_LIKE = ("optimizer={lr: 100, eps: 1000, betas: [0, 0], weight_decay: 0, clip: null}",)
-SPOILED = "layers.1.attention.v.weight"
+SPOILED = "layers.1.attention.o.weight"
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "model.experts.router": ("moe_router_score_function", "score_func", "scoring_func"),
     "model.experts.balance_loss": ("moe_aux_loss_coeff", "router_aux_loss_coef", "aux_loss_alpha", "load_balance_coeff"),
     "model.experts.z_loss": ("moe_z_loss_coeff", "router_z_loss_coef"),
+    "model.experts.capacity_factor": ("moe_expert_capacity_factor", "expert_capacity_factor", "train_capacity_factor"),
+    "model.experts.bias_rate": ("moe_router_bias_update_rate", "bias_update_speed", "load_balance_bias_rate"),
     "model.altup.blocks": ("altup_num_inputs", "num_altup_inputs"),
     "data.sources": ("data_path", "dataset", "dataset_path", "train_data_path", "blend"),
     "data.tokenizer": ("tokenizer_path", "tokenizer_model", "tokenizer_name_or_path", "hf_assets_path"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from megascale.config.checks import check
 from megascale.config.errors import InputError
-from megascale.config.inactive import inactive
+from megascale.config.inactive import ROUTER_ONLY, inactive
 from megascale.config.load import LoadedConfig, load_config
-from megascale.config.schema import Config
+from megascale.config.resolve import resolve
+from megascale.config.schema import Config, Experts
+from megascale.config.write import dump
 
 
 def load(folder: Path, text: str, *overrides: str) -> LoadedConfig:
@@ -60,6 +63,7 @@ def test_the_defaults_are_fine() -> None:
         ("profile: {steps: [0, 4]}", "expected [first, last] with 1 <= first <= last"),
         ("profile: {steps: [5, 1001]}", "step 1001 is beyond the last step 1000"),
         ("data: {sources: [{path: a/b}, {path: a//b/}]}", "data.sources.1.path: a//b/ is source 0 too"),
+        ("model: {experts: {count: 4, per_token: 4, router: rl_r}}", "there is nothing to choose; at most 3"),
         ("model: {width: 10000000}", "model.width: 4.8e+15 parameters are more than 1e+13"),
         ("model: {experts: {count: 100000000}}", "model.experts.count: 2.16e+14 parameters"),
         ("model: {vocab_size: 1000000000000}", "model.vocab_size: 5.12e+14 parameters"),
@@ -76,6 +80,16 @@ def test_contradictions_name_the_setting_and_the_arithmetic(tmp_path: Path, text
         ("model: {streams: {smoothing: 0.1}}", "model.streams.smoothing: has no effect: model.streams.count is 1"),
         ("model: {experts: {per_token: 1}}", "model.experts.per_token: has no effect: model.experts.count is 1"),
         ("model: {experts: {balance_loss: 0.5}}", "model.experts.balance_loss"),
+        (
+            "model: {experts: {count: 4, bias_rate: 0.001}}",
+            "model.experts.bias_rate: has no effect: model.experts.router is softmax",
+        ),
+        ("model: {experts: {count: 4, router: s_base, balance_loss: 0.01}}", "model.experts.balance_loss: has no effect"),
+        ("model: {experts: {count: 4, router: sigmoid, z_loss: 0.01}}", "model.experts.z_loss: has no effect"),
+        ("model: {experts: {count: 4, router: rl_r, gate: softmax}}", "model.experts.gate: has no effect"),
+        ("model: {experts: {count: 4, router: hash, policy_loss: 0.1}}", "model.experts.policy_loss: has no effect"),
+        ("model: {experts: {count: 4, hash_map: random}}", "model.experts.hash_map: has no effect"),
+        ("model: {experts: {count: 4, router: hash, scope: global}}", "model.experts.scope: has no effect"),
         ("model: {altup: {read: old}}", "model.altup.read: has no effect: model.altup.blocks is 1"),
         ("model: {rotary: {factor: 2}}", "model.rotary.factor: has no effect: model.rotary.scaling is none"),
         ("model: {rotary: {scaling: llama3, beta_fast: 32}}", "model.rotary.beta_fast: has no effect"),
@@ -101,6 +115,20 @@ def test_an_override_takes_back_what_a_file_set(tmp_path: Path) -> None:
     (warning,) = check(load(tmp_path, text, "model.experts.count=1"))
     assert "override model.experts={} takes back" in warning
     assert check(load(tmp_path, text, "model.experts={}", "optimizer.name=adamw", "optimizer.muon=null")) == []
+
+
+@pytest.mark.parametrize("router", get_args(Experts.model_fields["router"].annotation))
+def test_every_router_takes_its_own_settings_and_a_saved_config_of_it_loads_again(tmp_path: Path, router: str) -> None:
+    own = [f"model.experts.{name}={VALUES[name]}" for name, routers in ROUTER_ONLY.items() if router in routers]
+    loaded = load(tmp_path, f"model: {{experts: {{count: 4, capacity_factor: 1.0, router: {router}}}}}", *own)
+    assert check(loaded) == []
+    again = load(tmp_path, dump(resolve(loaded.config)))
+    assert check(again) == []
+    assert resolve(again.config) == resolve(loaded.config)
+
+
+VALUES = {"balance_loss": 0.5, "z_loss": 0.5, "bias_rate": 0.5, "sinkhorn_iterations": 3, "sinkhorn_tolerance": 0.5}
+VALUES |= {"gate": "sigmoid", "policy_loss": 0.5, "baseline_loss": 0.5, "entropy_bonus": 0.5, "hash_map": "modulo"}
 
 
 def test_settings_without_effect_exist() -> None:

@@ -136,7 +136,7 @@ def test_the_feed_forward_is_the_least_multiple_of_64_that_holds_8_thirds(width:
 
 
 def test_what_was_set_is_not_derived() -> None:
-    model = Model(heads=4, kv_heads=2, head_dim=10, ffn_width=7, experts=Experts(count=2, width=5))
+    model = Model(heads=4, kv_heads=2, head_dim=10, ffn_width=7, experts=Experts(count=2, width=5, balance_loss=0.5))
     resolved = resolve(Config(model=model, schedule=Schedule(shape="wsd", decay_steps=3)))
     assert resolved.model == model
     assert resolved.schedule.decay_steps == 3
