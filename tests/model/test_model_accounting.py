@@ -39,6 +39,7 @@ models = st.builds(
             "every": st.integers(1, 2),
             "width": st.sampled_from([None, 24]),
             "shared": st.integers(0, 2),
+            "router": st.sampled_from(["softmax", "sigmoid", "s_base", "rl_r", "hash"]),
         }
     ),
     altup=st.fixed_dictionaries({"blocks": st.integers(1, 3)}),
