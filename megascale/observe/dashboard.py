@@ -74,6 +74,8 @@ SECTIONS: tuple[Section, ...] = (
         "Optimizer",
         (
             Panel("Gradient norm before clipping", ("train/grad_norm",)),
+            Panel("Loss bump of a phase", ("phase/loss_bump",), needs="phases"),
+            Panel("Tokens until a phase recovers", ("phase/tokens_to_recover",), needs="phases"),
             Panel("Learning rate by group", ("optim/lr/{group}",)),
         ),
     ),
@@ -179,6 +181,7 @@ def run_features(config: Config, on_accelerator: bool, peak_known: bool) -> froz
     present: dict[Feature, bool] = {
         "validation": config.validation.every > 0,
         "streams": config.model.streams.count > 1,
+        "phases": len(config.schedule.phases) > 1,
         "experts": config.model.experts.count > 1,
         **_routing_features(config.model.experts),
         "altup": config.model.altup.blocks > 1,

@@ -13,7 +13,7 @@ import pytest
 from megascale.commands import dashboard as verb
 from megascale.config.errors import InputError
 from megascale.config.resolve import resolve
-from megascale.config.schema import AltUp, Config, Experts, Model, Streams, Validation
+from megascale.config.schema import AltUp, Config, Experts, Model, Phase, Schedule, Streams, Validation
 from megascale.model.routers import loss_weights
 from megascale.observe.dashboard import SECTIONS, build_workspace, missing_panels, panel_metrics, run_features, workspace_json
 from megascale.observe.metrics import METRICS
@@ -23,7 +23,9 @@ GOLDEN = Path(__file__).parent / "golden" / "workspace.json"
 PANELS = [panel for section in SECTIONS for panel in section.panels]
 PATTERNS = {metric.name_pattern for metric in METRICS}
 EVERYTHING = Config(
-    model=Model(streams=Streams(count=2), experts=Experts(count=4), altup=AltUp(blocks=2)), validation=Validation(every=10)
+    model=Model(streams=Streams(count=2), experts=Experts(count=4), altup=AltUp(blocks=2)),
+    validation=Validation(every=10),
+    schedule=Schedule(phases=(Phase(steps=1, streams=1), Phase(steps=1))),
 )
 OTHER_ROUTERS = [Config(model=Model(experts=Experts(count=4, router=r, capacity_factor=1.0))) for r in ("s_base", "rl_r")]
 LOGGED = {p.format(layer="03", p=1, source="stdlib", group="matrices") for p in PATTERNS}
