@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Feature = Literal[
     "validation",
     "streams",
+    "phases",
     "experts",
     "balance_loss",
     "z_loss",

@@ -172,10 +172,9 @@ class ZeroEngine:
         total = torch.zeros((), dtype=torch.float64, device=self.world.device.torch)
         for partition, flat in zip(self._partitions, self.gradients, strict=True):
             if partition.segments:
-                norms = torch._foreach_norm([segment.of(flat) for segment in partition.segments])
-                total += sum(
-                    norm.double().square() / self._copies(s.name) for norm, s in zip(norms, partition.segments, strict=True)
-                )
+                # in fp64: see `plain.norm_of`
+                norms = torch._foreach_norm([segment.of(flat) for segment in partition.segments], 2, torch.float64)
+                total += sum(norm.square() / self._copies(s.name) for norm, s in zip(norms, partition.segments, strict=True))
         self.norm = self.world.sum(total).sqrt().float()
         return float(self.norm)
 
