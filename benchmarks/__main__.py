@@ -1,10 +1,10 @@
-"""`python -m benchmarks step [options]`."""
+"""`python -m benchmarks {step,axes} [options]`."""
 
 import sys
 
-from benchmarks import step
+from benchmarks import axes, step
 
-TABLES = {"step": step.main}
+TABLES = {"step": step.main, "axes": axes.main}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in TABLES:

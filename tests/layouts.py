@@ -6,6 +6,7 @@ metrics within 1e-3.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,15 @@ from runs import ALL_AXES, Run, losses, one_process, tiny_config
 ADAMW = ("optimizer={lr: 0.003, eps: 1e-5}",)
 # With an epsilon far above the moments and no memory, AdamW's update is the gradient times lr / eps.
 SGD_LIKE = ("optimizer={lr: 100, eps: 1000, betas: [0, 0], weight_decay: 0, clip: null}",)
+# Small tensors, and those soon used again, stay whole on every rank by default: here all of them are cut, released at once, and gathered
+# again a few at a time, ahead of their use.
+CUT_ALL_SETTINGS = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 2000,
+}
+CUT_ALL = f"engine.deepspeed.zero_optimization={json.dumps(CUT_ALL_SETTINGS)}"
+PLAIN = "parallel.zero_stage=0"
 SPOILED = "layers.1.attention.o.weight"
 
 

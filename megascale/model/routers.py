@@ -7,6 +7,8 @@ population of a stream is the global micro-batch, whose tokens may be spread ove
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ Routed = tuple[Tensor, Tensor, dict[str, Tensor]]
 """gates [N, k] (fp32), experts [N, k] (int64, distinct in a row), and the report: what losses and metrics need"""
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """What all routers share. Their report, in training:
 
     balance, router_z, entropy  losses (see `loss_weights`): this rank's part, the sum over ranks is the loss
@@ -40,9 +42,9 @@ class Router(nn.Module):
         not known, all ids count alike).
         """
 
+    @abstractmethod
     def forward(self, x: Tensor, origin: Origin) -> Routed:
         """Route rows x [N, d] of the tokens that `origin` tells about."""
-        raise NotImplementedError
 
     def counts(self, experts: Tensor) -> Tensor:
         """How many of the rows here chose each expert: [P, E], fp32, of experts [N, k]."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megascale.checkpoint.layout import Rectangle
 from megascale.checkpoint.load import CheckpointReader
+from megascale.parallel.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,19 @@ class OptimizerGroup:
     """by global name"""
     new: bool = False
     """added by the phase under way"""
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of the model, all of it by global name."""
+
+    groups: Sequence[OptimizerGroup]
+    """of the trained parameters; those that this rank lacks are absent from them"""
+    weights: Mapping[str, Tensor]
+    """fp32, of all parameters: the parameter's own memory, or a master where the parameter is bf16"""
+    parameters: Mapping[str, nn.Parameter]
+    placements: Mapping[str, Placement]
+    """what of the global parameters they are"""
 
 
 class Engine(Protocol):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -15,9 +16,8 @@ from megascale.checkpoint.load import CheckpointReader
 from megascale.config.schema import Muon
 from megascale.config.schema import Optimizer as OptimizerConfig
 from megascale.parallel.charge import charged_to
-from megascale.parallel.engine import OptimizerGroup
+from megascale.parallel.engine import OptimizerGroup, Share
 from megascale.parallel.mesh import Mesh, Ranks
-from megascale.parallel.placement import Placement
 
 BUCKET = 2**23
 """Gradient elements reduced by one collective: 32 MiB, enough for full bandwidth, small enough to start during the backward pass."""
@@ -38,37 +38,25 @@ class PlainEngine:
     backward pass runs. Muon sees whole matrices: an [E, o, i] expert tensor is E of them.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[OptimizerGroup],
-        weights: Mapping[str, Tensor],
-        parameters: Mapping[str, nn.Parameter],
-        placements: Mapping[str, Placement],
-        config: OptimizerConfig,
-        mesh: Mesh,
-    ):
-        """Args:
-        groups: of the trained parameters; those that this rank lacks are absent from them.
-        weights: fp32, of all parameters; the parameter's own memory, or a master where the parameter is bf16.
-        parameters: of this rank, all of them.
-        placements: what of the global parameters they are.
-        """
+    def __init__(self, share: Share, config: OptimizerConfig, mesh: Mesh):
         self.mesh, self.clip = mesh, config.clip
-        self.groups, self.parameters, self.placements = groups, parameters, placements
-        self.trained = {name: p for group in groups for name, p in group.parameters.items()}
+        self.groups, self.parameters, self.placements = share.groups, share.parameters, share.placements
+        self.trained = {name: p for group in self.groups for name, p in group.parameters.items()}
         # while a pipeline runs, ranks of different stages finish different gradients first: reductions would start in different orders
         self.overlap = mesh.size("pp") == 1
         self.last_micro_batch = False
         self.flats: dict[Ranks, Tensor] = {}
         self.buckets: list[_Bucket] = []
-        for holders in sorted({placements[name].holders for name in self.trained}):
+        for holders in sorted({self.placements[name].holders for name in self.trained}):
             self._flatten_gradients(holders)
-        self.masters = {name: p if p.dtype == torch.float32 else nn.Parameter(weights[name]) for name, p in parameters.items()}
+        self.masters = {
+            name: p if p.dtype == torch.float32 else nn.Parameter(share.weights[name]) for name, p in self.parameters.items()
+        }
         self.leaves: dict[str, list[nn.Parameter]] = {}
         self.optimizers: list[torch.optim.Optimizer] = []
         self.torch_groups: list[tuple[dict, OptimizerGroup]] = []
         for kind in ("adamw", "muon"):
-            self._add_optimizer(kind, [group for group in groups if group.optimizer == kind and group.parameters], config)
+            self._add_optimizer(kind, [group for group in self.groups if group.optimizer == kind and group.parameters], config)
 
     def _flatten_gradients(self, holders: Ranks) -> None:
         backwards = [p for name, p in reversed(self.trained.items()) if self.placements[name].holders == holders]
@@ -79,13 +67,14 @@ class PlainEngine:
                 p.grad_dtype = torch.float32
             p.grad = flat[start : start + p.numel()].view_as(p)
             start, count = start + p.numel(), count + 1
-            p.register_post_accumulate_grad_hook(partial(self._gradient_final, len(self.buckets)))
+            p.register_post_accumulate_grad_hook(partial(_tell, weakref.ref(self), len(self.buckets)))
             if start - first >= BUCKET or i == len(backwards) - 1:
                 self.buckets.append(_Bucket(flat[first:start], holders, count))
                 first, count = start, 0
         self.flats[holders] = flat
 
-    def _gradient_final(self, index: int, _parameter: Tensor) -> None:
+    def gradient_final(self, index: int) -> None:
+        """A gradient of this bucket is final in this backward pass."""
         if not self.last_micro_batch or not self.overlap:
             return
         bucket = self.buckets[index]
@@ -135,11 +124,11 @@ class PlainEngine:
 
     def gradient_norm(self) -> float:
         """See `Engine`. One host synchronisation: the guard must know the norm before the update."""
-        self.norm = self.reduce()
+        self.norm = self.reduce().sqrt().float()
         return float(self.norm)
 
     def reduce(self) -> Tensor:
-        """Finish the reduction; the global norm, on the device."""
+        """Finish the reduction; the square of the global norm, in fp64, on the device."""
         for bucket in self.buckets:
             if bucket.work is None:  # not reduced yet: a pipeline ran, or a parameter in it had no gradient on this rank
                 self._reduce(bucket)
@@ -147,17 +136,17 @@ class PlainEngine:
             if bucket.work is not None:
                 bucket.work.wait()
             bucket.work, bucket.waiting = None, bucket.size
-        return self._norm()
+        return self._square()
 
-    def _norm(self) -> Tensor:
-        """Of the global gradient: each piece counts once, whoever holds it."""
+    def _square(self) -> Tensor:
+        """Of the norm of the global gradient: each piece counts once, whoever holds it."""
         world = self.mesh.world
         if len(self.flats) == 1 and len(next(iter(self.flats))) == world.size:
-            return norm_of(next(iter(self.flats.values()))).float()
+            return norm_of(next(iter(self.flats.values()))).square()
         square = torch.zeros((), dtype=torch.float64, device=world.device.torch)  # also of a rank that trains nothing
         for holders, flat in self.flats.items():
             square += norm_of(flat).square() / len(holders)
-        return world.sum(square).sqrt().float()
+        return world.sum(square)
 
     @torch.no_grad()
     def step(self, lr_scale: float, new_scale: float = 1.0) -> None:
@@ -236,3 +225,12 @@ class PlainEngine:
 def norm_of(flat: Tensor) -> Tensor:
     """Summed in fp64: in fp32 on a CPU torch's is wrong by 1e-3 for 20 million elements (torch 2.13)."""
     return torch.linalg.vector_norm(flat, dtype=torch.float64)
+
+
+def _tell(engine: weakref.ref[PlainEngine], index: int, _parameter: Tensor) -> None:
+    """A parameter's hook. It must not keep the engine: the garbage collector does not see through a tensor's hooks, and engine, model and
+    process groups would stay for ever.
+    """
+    here = engine()
+    if here is not None:
+        here.gradient_final(index)

@@ -6,7 +6,8 @@ work is shared too: every rank orthogonalises its own matrices only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -18,9 +19,8 @@ from megascale.checkpoint.layout import Rectangle
 from megascale.checkpoint.load import CheckpointReader
 from megascale.config.schema import Optimizer as OptimizerConfig
 from megascale.parallel.charge import charged_to
-from megascale.parallel.engine import OptimizerGroup
+from megascale.parallel.engine import Share
 from megascale.parallel.mesh import Mesh, Ranks
-from megascale.parallel.placement import Placement
 from megascale.parallel.plain import PlainEngine
 from megascale.parallel.zero import ZeroEngine
 
@@ -31,16 +31,8 @@ Matrix = tuple[str, int]
 class SharedMuon(PlainEngine):
     """The plain engine for Muon's matrices, of which each rank updates some and receives the others."""
 
-    def __init__(
-        self,
-        groups: Sequence[OptimizerGroup],
-        weights: Mapping[str, Tensor],
-        parameters: Mapping[str, nn.Parameter],
-        placements: Mapping[str, Placement],
-        config: OptimizerConfig,
-        mesh: Mesh,
-    ):
-        super().__init__(groups, weights, parameters, placements, config, mesh)
+    def __init__(self, share: Share, config: OptimizerConfig, mesh: Mesh):
+        super().__init__(share, config, mesh)
         self.owners = self._share_out()
         mine = {id(self.leaves[name][i]) for (name, i), owner in self.owners.items() if owner == mesh.world.rank}
         for torch_group, _ in self.torch_groups:
@@ -143,27 +135,14 @@ class ZeroMuonEngine:
     """AdamW's parameters under DeepSpeed's ZeRO, Muon's matrices beside it; one norm, one clipping."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        groups: Sequence[OptimizerGroup],
-        weights: Mapping[str, Tensor],
-        parameters: Mapping[str, nn.Parameter],
-        placements: Mapping[str, Placement],
-        config: OptimizerConfig,
-        mesh: Mesh,
-        stage: int,
-        passthrough: Mapping[str, Any],
+        self, model: nn.Module, share: Share, config: OptimizerConfig, mesh: Mesh, stage: int, passthrough: Mapping[str, Any]
     ):
         """Arguments as those of `ZeroEngine`; stage 1 or 2."""
         assert stage < 3, "ZeRO 3 cuts matrices"
-        self.groups, self.parameters, self.placements = groups, parameters, placements
-        by_muon = [group for group in groups if group.optimizer == "muon"]
-        names = {name for group in by_muon for name in group.parameters}
-        others = {name: parameter for name, parameter in parameters.items() if name not in names}
-        matrices = {name: parameters[name] for name in parameters if name in names}
-        rest = [group for group in groups if group.optimizer != "muon"]
-        self.zero = ZeroEngine(model, rest, weights, others, placements, config, mesh, stage, passthrough)
-        self.muon = SharedMuon(by_muon, weights, matrices, placements, config, mesh)
+        self.groups, self.parameters, self.placements = share.groups, share.parameters, share.placements
+        matrices, rest = _by_optimizer(share)
+        self.zero = ZeroEngine(model, rest, config, mesh, stage, passthrough)
+        self.muon = SharedMuon(matrices, config, mesh)
 
     def begin(self) -> None:
         """See `Engine`."""
@@ -176,8 +155,7 @@ class ZeroMuonEngine:
 
     def gradient_norm(self) -> float:
         """See `Engine`."""
-        squares = torch.stack([self.muon.reduce().double().square(), torch.tensor(self.zero.gradient_norm()).double().square()])
-        self.muon.norm = self.zero.norm = norm = squares.sum().sqrt().float()
+        self.muon.norm = self.zero.norm = norm = (self.muon.reduce() + self.zero.reduce()).sqrt().float()
         return float(norm)
 
     def step(self, lr_scale: float, new_scale: float = 1.0) -> None:
@@ -198,3 +176,13 @@ class ZeroMuonEngine:
         """See `Engine`."""
         self.zero.load(reader, new, moments)
         self.muon.load(reader, new, moments)
+
+
+def _by_optimizer(share: Share) -> tuple[Share, Share]:
+    """What Muon updates, and all the rest."""
+    by_muon = [group for group in share.groups if group.optimizer == "muon"]
+    names = {name for group in by_muon for name in group.parameters}
+    rest = [group for group in share.groups if group.optimizer != "muon"]
+    matrices = {name: parameter for name, parameter in share.parameters.items() if name in names}
+    others = {name: parameter for name, parameter in share.parameters.items() if name not in names}
+    return replace(share, groups=by_muon, parameters=matrices), replace(share, groups=rest, parameters=others)

@@ -7,6 +7,7 @@ because DeepSpeed knows only its data-parallel group.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,9 +22,8 @@ from megascale.checkpoint.load import CheckpointReader
 from megascale.config.errors import InputError
 from megascale.config.schema import Optimizer as OptimizerConfig
 from megascale.parallel.charge import charged_to
-from megascale.parallel.engine import OptimizerGroup
+from megascale.parallel.engine import OptimizerGroup, Share
 from megascale.parallel.mesh import DATA, Mesh, Ranks
-from megascale.parallel.placement import Placement
 from megascale.parallel.zero_partition import CutAcross, CutEach, Partition, Segment
 from megascale.parallel.zero_ranges import flat_rectangles
 from megascale.parallel.zero_start import start_deepspeed
@@ -40,41 +40,30 @@ class ZeroEngine:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        groups: Sequence[OptimizerGroup],
-        weights: Mapping[str, Tensor],
-        parameters: Mapping[str, nn.Parameter],
-        placements: Mapping[str, Placement],
-        config: OptimizerConfig,
-        mesh: Mesh,
-        stage: int,
-        passthrough: Mapping[str, Any],
+        self, model: nn.Module, share: Share, config: OptimizerConfig, mesh: Mesh, stage: int, passthrough: Mapping[str, Any]
     ):
         """Args:
         model: holds all of this rank's parameters. With stage 3 they are whole here and cut now.
-        groups: of the trained parameters, all of them AdamW's.
-        weights: fp32, of all parameters; the parameter's own memory, or a master where the parameter is bf16. Not kept for trained ones.
-        parameters, placements: by global name.
+        share: all its groups are AdamW's. The weights of trained parameters are not kept.
         stage: 1, 2 or 3.
         passthrough: settings for DeepSpeed's config.
 
         Raises:
             InputError: DeepSpeed refuses a setting or its version is too old, or no parameter here is trained.
         """
-        assert stage in (1, 2, 3) and all(group.optimizer == "adamw" for group in groups)
+        assert stage in (1, 2, 3) and all(group.optimizer == "adamw" for group in share.groups)
         # without the parameters, which are about to get other memory
-        weights = {name: weight.detach() for name, weight in weights.items()}
-        self.groups, self.parameters, self.placements = groups, parameters, placements
+        weights = {name: weight.detach() for name, weight in share.weights.items()}
+        self.groups, self.parameters, self.placements = share.groups, share.parameters, share.placements
         self.mesh, self.world, self.clip = mesh, mesh.world, config.clip
-        self.trained = {name: p for group in groups for name, p in group.parameters.items()}
+        self.trained = {name: p for group in self.groups for name, p in group.parameters.items()}
         if not self.trained:
             reason = f"every parameter on rank {self.world.rank} is frozen, and DeepSpeed needs one to train"
             raise InputError("optimizer.groups", reason, "continue with parallel.zero_stage=0, or with fewer pipeline stages")
-        self.frozen = {name: weights[name] for name in parameters if name not in self.trained}
+        self.frozen = {name: weights[name] for name in self.parameters if name not in self.trained}
         data = mesh.along(*DATA)
         # ZeRO 3 gathers a parameter's parts over the data axes only, experts too
-        self.shards = {name: data if stage == 3 else placements[name].sharded_over for name in self.trained}
+        self.shards = {name: data if stage == 3 else self.placements[name].sharded_over for name in self.trained}
         for parameter in self.trained.values():
             if parameter.dtype != torch.float32:
                 parameter.grad_dtype = torch.float32
@@ -114,6 +103,7 @@ class ZeroEngine:
                 options.append({"params": members, "lr": group.lr, "weight_decay": group.weight_decay, "ranks": ranks})
                 self.option_groups.append(group)
         self.deepspeed = start_deepspeed(model, options, config.betas, config.eps, shards, self.mesh, stage, passthrough)
+        weakref.finalize(self, _remove_hooks, self.deepspeed.optimizer._grad_acc_hooks).atexit = False
         names = {id(parameter): name for name, parameter in self.trained.items()}
         self.cut: CutAcross | CutEach
         self.cut = CutEach(self.deepspeed, names, _tied(model)) if stage == 3 else CutAcross(self.deepspeed, names)
@@ -144,7 +134,7 @@ class ZeroEngine:
         """See `Engine`. The reduction starts in `gradient_norm`, whatever `last` says."""
         loss.backward()
 
-    def _reduce(self) -> None:
+    def _sum_over_holders(self) -> None:
         """Sum gradients over all holders; of the result each rank keeps its partition."""
         for parameter in self.trained.values():
             if parameter.grad is None:  # a rank that reduced fewer parameters than the others would pair them wrongly
@@ -165,18 +155,24 @@ class ZeroEngine:
             self.reduction.__exit__(None, None, None)
         self.reduction = None
 
-    @torch.no_grad()
     def gradient_norm(self) -> float:
-        """See `Engine`. The square of each rank's part, divided by the number of ranks with the same part, summed over the world."""
-        self._reduce()
+        """See `Engine`."""
+        self.norm = self.reduce().sqrt().float()
+        return float(self.norm)
+
+    @torch.no_grad()
+    def reduce(self) -> Tensor:
+        """Reduce; the square of the global norm, in fp64, on the device: that of each rank's part, divided by the number of ranks with the
+        same part, summed over the world.
+        """
+        self._sum_over_holders()
         total = torch.zeros((), dtype=torch.float64, device=self.world.device.torch)
         for partition, flat in zip(self._partitions, self.gradients, strict=True):
             if partition.segments:
                 # in fp64: see `plain.norm_of`
                 norms = torch._foreach_norm([segment.of(flat) for segment in partition.segments], 2, torch.float64)
                 total += sum(norm.square() / self._copies(s.name) for norm, s in zip(norms, partition.segments, strict=True))
-        self.norm = self.world.sum(total).sqrt().float()
-        return float(self.norm)
+        return self.world.sum(total)
 
     def _copies(self, name: str) -> int:
         """How many ranks have the same part of a parameter in their partitions."""
@@ -290,3 +286,11 @@ def _tied(model: nn.Module) -> bool:
     """Whether two modules share a parameter."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     return len(names) > len(list(model.named_parameters()))
+
+
+def _remove_hooks(hooks: Sequence[Any]) -> None:
+    """DeepSpeed's hooks on the parameters would keep it, the model and the process groups for ever, as told in `plain._tell`. Its own
+    `destroy` does more, and needs a process group.
+    """
+    for hook in hooks:
+        hook.remove()

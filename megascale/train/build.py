@@ -15,7 +15,7 @@ from megascale.data.open_data import OpenData, open_data
 from megascale.model.decoder import FP32_PARAMETERS, Decoder
 from megascale.model.initialize import start_routers
 from megascale.parallel.apply import apply
-from megascale.parallel.engine import Engine, OptimizerGroup
+from megascale.parallel.engine import Engine, Share
 from megascale.parallel.mesh import Mesh
 from megascale.parallel.pipeline import Stages
 from megascale.parallel.placement import Placement
@@ -23,7 +23,7 @@ from megascale.parallel.plain import PlainEngine
 from megascale.parallel.recompute import apply_recompute
 from megascale.parallel.shard import cut, materialise, named_parameters, own_stages, shard, whole_on_meta
 from megascale.train.compiling import compile_layers
-from megascale.train.groups import optimizer_groups
+from megascale.train.groups import check_patterns, optimizer_groups
 from megascale.train.unigrams import unigram_counts
 
 
@@ -42,10 +42,21 @@ class Parts:
 
 
 def open_run_data(config: Config) -> tuple[Config, OpenData]:
-    """The data, and the config with the vocabulary's size filled in."""
+    """The data, and the config with the vocabulary's size filled in; see `with_vocabulary`."""
     data = open_data(config.data, config.run.seed, config.model.vocab_size)
-    model = config.model.model_copy(update={"vocab_size": data.vocab_size})
-    return config.model_copy(update={"model": model}), data
+    return with_vocabulary(config, data.vocab_size), data
+
+
+def with_vocabulary(config: Config, size: int) -> Config:
+    """The config that knows its vocabulary's size, and so all its parameters, of which the optimizer's patterns must match some.
+
+    Raises:
+        InputError: see `check_patterns`.
+    """
+    config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+    if config.optimizer.groups:
+        check_patterns(config.optimizer, _shapes(config.model))
+    return config
 
 
 def cast(parameters: Mapping[str, nn.Parameter], precision: str) -> dict[str, Tensor]:
@@ -103,38 +114,29 @@ def build(config: Config, data: OpenData, mesh: Mesh, say: Callable[[str], None]
     new = frozenset(name for name, shape in shapes.items() if known.get(name) != shape)
     everywhere = {name: len(shape) for name, shape in shapes.items()}
     groups = optimizer_groups(parameters.items(), config.optimizer, everywhere, new)
-    weights = cast(parameters, config.precision)
+    share = Share(groups, cast(parameters, config.precision), parameters, placements)
     zero = zero_stage_of(config, mesh.world.size)
     if zero == 3 and config.compile == "auto":
         say("training eagerly: torch.compile would trace DeepSpeed's gathering of weights (ZeRO 3) in every layer")
     else:
         compile_layers(stages.modules(), config.compile, mesh.world.device.torch, say)
     if zero == 0:
-        engine: Engine = PlainEngine(groups, weights, parameters, placements, config.optimizer, mesh)
+        engine: Engine = PlainEngine(share, config.optimizer, mesh)
     else:
-        engine = _zero_engine(stages, groups, weights, parameters, placements, config, mesh, zero)
+        engine = _zero_engine(stages, share, config, mesh, zero)
     say(f"engine: {f'DeepSpeed, ZeRO {zero}' if zero else 'plain torch (ZeRO 0)'}")
     return Parts(config, data, mesh, stages, engine, new)
 
 
-def _zero_engine(
-    stages: Stages,
-    groups: list[OptimizerGroup],
-    weights: dict[str, Tensor],
-    parameters: dict[str, nn.Parameter],
-    placements: dict[str, Placement],
-    config: Config,
-    mesh: Mesh,
-    stage: int,
-) -> Engine:
+def _zero_engine(stages: Stages, share: Share, config: Config, mesh: Mesh, stage: int) -> Engine:
     # DeepSpeed takes seconds to import
     from megascale.parallel.shared_muon import ZeroMuonEngine
     from megascale.parallel.zero import ZeroEngine
 
-    has_matrices = any(group.parameters for group in groups if group.optimizer == "muon")
+    has_matrices = any(group.parameters for group in share.groups if group.optimizer == "muon")
     kind: type[ZeroMuonEngine] | type[ZeroEngine] = ZeroMuonEngine if has_matrices else ZeroEngine
     model = nn.ModuleList(stages.modules())
-    return kind(model, groups, weights, parameters, placements, config.optimizer, mesh, stage, config.engine.deepspeed)
+    return kind(model, share, config.optimizer, mesh, stage, config.engine.deepspeed)
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:

@@ -27,6 +27,7 @@ from megascale.data.megatron import is_megatron
 from megascale.data.open_data import OpenData
 from megascale.model.accounting import active_parameters, flops_per_token, mean_visible_keys, parameters
 from megascale.parallel.device import Device
+from megascale.parallel.engine import Share
 from megascale.parallel.ledger import Entry, Ledger
 from megascale.parallel.mesh import DATA, Layout, Mesh, make_layout, open_mesh
 from megascale.parallel.meta_memory import MetaMemory
@@ -35,7 +36,7 @@ from megascale.parallel.plain import PlainEngine
 from megascale.parallel.shard import named_parameters, whole_on_meta
 from megascale.parallel.world import World
 from megascale.parallel.zero_traffic import MOST_LIVE, zero_traffic
-from megascale.train.build import build_stages, cast, open_run_data
+from megascale.train.build import build_stages, cast, open_run_data, with_vocabulary
 from megascale.train.groups import optimizer_groups
 
 BACKEND = "dry"
@@ -129,7 +130,7 @@ def _open(config: Config) -> tuple[Config, OpenData | None]:
     there = any(Path(source.path).is_dir() or is_megatron(source.path) for source in config.data.sources)
     if there or config.model.vocab_size is None:
         return open_run_data(config)
-    return config, None
+    return with_vocabulary(config, config.model.vocab_size), None
 
 
 def document_length(data: OpenData | None, sequence_length: int) -> float:
@@ -206,7 +207,7 @@ def _build(config: Config, mesh: Mesh) -> tuple[Stages, PlainEngine]:
     everywhere = {name: p.ndim for name, p in named_parameters(whole_on_meta(config.model)).items()}
     groups = optimizer_groups(parameters.items(), config.optimizer, everywhere)
     weights = cast(parameters, config.precision)
-    return stages, PlainEngine(groups, weights, parameters, placements, config.optimizer, mesh)
+    return stages, PlainEngine(Share(groups, weights, parameters, placements), config.optimizer, mesh)
 
 
 def fewest_micro_batches(config: Config) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -36,6 +36,18 @@ def _named(name: str, dims: int, optimizer: Optimizer) -> tuple[str, ParameterGr
     return ("scalars", ParameterGroup(pattern="*", weight_decay=0.0)) if vector else ("matrices", ParameterGroup(pattern="*"))
 
 
+def check_patterns(optimizer: Optimizer, names: Collection[str]) -> None:
+    """Refuse a pattern of `optimizer.groups` that matches none of the run's parameters, also of its later phases.
+
+    Raises:
+        InputError: names the pattern.
+    """
+    for i, group in enumerate(optimizer.groups):
+        if not any(fnmatchcase(name, group.pattern) for name in names):
+            place, some = f"optimizer.groups.{i}.pattern", ", ".join(list(names)[:4])
+            raise InputError(place, f"{group.pattern!r} matches no parameter", f"names look like {some}, ...")
+
+
 def optimizer_groups(
     parameters: Iterable[tuple[str, nn.Parameter]],
     optimizer: Optimizer,
@@ -51,14 +63,10 @@ def optimizer_groups(
         new: names of parameters that the phase under way adds; they form groups of their own, NAME_new.
 
     Raises:
-        InputError: a pattern of `optimizer.groups` matches no parameter, or everything is frozen.
+        InputError: everything is frozen.
     """
     here = dict(parameters)
     dims = {name: p.ndim for name, p in here.items()} if everywhere is None else everywhere
-    for i, pattern in enumerate(group.pattern for group in optimizer.groups):
-        if not any(fnmatchcase(name, pattern) for name in dims):
-            some = ", ".join(list(dims)[:4])
-            raise InputError(f"optimizer.groups.{i}.pattern", f"{pattern!r} matches no parameter", f"names look like {some}, ...")
     found: dict[str, OptimizerGroup] = {}
     for name, ndim in dims.items():
         group_name, settings = _named(name, ndim, optimizer)

@@ -58,7 +58,9 @@ def run_of(config: Path) -> Path:
 
 def start(command: Command, variables: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run under nohup, the run would ignore it too
     process = subprocess.Popen(command, cwd=ROOT, env=environment() | (variables or {}), stdout=pipe, stderr=pipe, text=True)
+    signal.signal(signal.SIGHUP, before)
     STARTED.append(process)
     return process
 

@@ -7,7 +7,7 @@ import pytest
 from megascale.config.errors import InputError
 from megascale.config.schema import Muon, Optimizer, ParameterGroup
 from megascale.parallel.engine import OptimizerGroup
-from megascale.train.groups import optimizer_groups
+from megascale.train.groups import check_patterns, optimizer_groups
 from tiny import tiny_decoder, tiny_model
 
 EVERYTHING = {"streams": {"count": 2}, "experts": {"count": 4, "shared": 1}, "altup": {"blocks": 2}, "qkv_bias": True}
@@ -77,11 +77,14 @@ def test_muon_takes_whole_matrices_inside_the_layers() -> None:
     assert {g.lr for g in groups.values() if g.optimizer == "adamw"} == {0.001}
 
 
+NAMES = ("embedding.weight", "layers.0.attention.q.bias")
+
+
 def test_a_pattern_without_a_match_is_refused() -> None:
     with pytest.raises(
         InputError, match=r"optimizer.groups.1.pattern: 'layer.\*' matches no parameter\n  -> names look like embedding"
     ):
-        grouped(ParameterGroup(pattern="*.bias"), ParameterGroup(pattern="layer.*"))
+        check_patterns(Optimizer(groups=(ParameterGroup(pattern="*.bias"), ParameterGroup(pattern="layer.*"))), NAMES)
 
 
 def test_freezing_everything_is_refused() -> None:

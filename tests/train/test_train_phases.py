@@ -125,8 +125,6 @@ def test_the_command_trains_all_phases_and_each_checkpoint_loads(tmp_path: Path,
     done = pretrain(
         write_config(tmp_path, tiny_corpus),
         *PHASES,
-        "schedule.steps=null",
-        "schedule.warmup_steps=null",
         "checkpoint.keep_last=9",
         "checkpoint.every=3",
     )

@@ -95,6 +95,7 @@ def test_a_request_to_requeue_saves_and_names_the_reason(tmp_path: Path, tiny_co
 def handlers() -> Iterator[None]:
     """Puts this process's signal handlers back."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -177,6 +178,6 @@ def test_a_folder_with_derived_settings_opens_again(tmp_path: Path, tiny_corpus:
 
 
 def test_input_found_bad_after_the_folder_opened_is_told_in_exit_json(tmp_path: Path, tiny_corpus: Path) -> None:
-    ended = pretrain(write_config(tmp_path, tiny_corpus), "optimizer.groups=[{pattern: nothing.like.it}]")
-    assert ended.returncode == 2 and "matches no parameter" in ended.stderr and "Traceback" not in ended.stderr
+    ended = pretrain(write_config(tmp_path, tiny_corpus), "optimizer.groups=[{pattern: '*', frozen: true}]")
+    assert ended.returncode == 2 and "every parameter is frozen" in ended.stderr and "Traceback" not in ended.stderr
     assert json.loads((tmp_path / "runs" / "tiny" / "exit.json").read_text())["code"] == 2
