@@ -18,6 +18,7 @@ VERBS = {
     "generate": "continue a text with a trained run",
     "report": "what a run reached, beside compressors, with a sample",
     "checkpoint": "list or verify checkpoints",
+    "streams": "save what a run has learned beside a frozen trunk",
     "convert": "Hugging Face folders to runs, and runs to Hugging Face folders",
     "laws": "published scaling laws, predictions, fits of runs, comparisons, plots",
     "dashboard": "the W&B workspace as code: show or push",

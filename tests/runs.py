@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from megascale.parallel.device import Device
 from megascale.parallel.mesh import open_mesh
 from megascale.parallel.world import World
 from megascale.train.build import Parts, build, open_run_data
+from megascale.train.phases import train_phases
 from megascale.train.run_folder import open_run_folder
+from megascale.train.start import Start, frozen_by, open_start
 from megascale.train.stopping import StopRequest
 from megascale.train.trainer import Trainer
 
@@ -62,10 +64,11 @@ def one_process(rank: int = 0, size: int = 1) -> World:
     return World(rank, size, Device(torch.device("cpu"), "gloo"))
 
 
-def build_parts(config: Config, world: World | None = None) -> Parts:
+def build_parts(config: Config, world: World | None = None, start: Start | None = None) -> Parts:
     """Data, model and engine of a run."""
     config, data = open_run_data(config)
-    return build(config, data, open_mesh(config.parallel, config.model, world or one_process()), lambda _: None)
+    mesh = open_mesh(config.parallel, config.model, world or one_process())
+    return build(config, data, mesh, lambda _: None, start.model if start else None, frozen_by(start, config.model))
 
 
 class NoSignals(StopRequest):
@@ -84,13 +87,18 @@ class Run:
         if world.rank == 0:
             open_run_folder(config)
         world.barrier()
-        parts = build_parts(config, world)
+        with ExitStack() as files:
+            start = open_start(*open_run_data(config), world, self.folder, files)
+            self._open(config, world, change, start)
+
+    def _open(self, config: Config, world: World, change: Callable[[Parts], None] | None, start: Start | None) -> None:
+        parts = build_parts(config, world, start)
         if change is not None:
             change(parts)
         self.records: list[Record] = []
         self.said: list[str] = []
         self.stop, self.stop_after = NoSignals(self.folder / "STOP"), 0
-        self.trainer = Trainer(parts, world, self.folder, self, 1, self.said.append)
+        self.trainer = Trainer(parts, world, self.folder, self, 1, self.said.append, start=start)
 
     def write(self, record: Record) -> None:
         """The sink of the run."""
@@ -137,6 +145,23 @@ def train_tiny(config: Config, change: Callable[[Parts], None] | None = None) ->
     run = Run(config, change=change)
     run.train()
     return run
+
+
+def train_phases_on_rank(rank: int, size: int, settings: dict[str, Any], stop_after: int = 0) -> list[Record]:
+    """All phases of a run on one rank, from where its folder stands; its records."""
+    config, data = open_run_data(Config.model_validate(settings))
+    world = one_process(rank, size)
+    folder = Path(config.run.folder) / config.run.name
+    if rank == 0:
+        open_run_folder(config)
+    world.barrier()
+    seen = Collected(folder / "STOP", stop_after)
+    mesh = open_mesh(config.parallel, config.model, world)
+    with ExitStack() as files:
+        start = open_start(config, data, world, folder, files)
+        reason, _ = train_phases(config, data, mesh, folder, seen, 1, seen.stop, lambda _: None, start)
+    assert reason == ("stop" if stop_after else "done")
+    return seen.records
 
 
 def losses(records: list[Record], *names: str) -> list[list[Any]]:

@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from megascale.checkpoint.errors import CheckpointError
 from megascale.checkpoint.layout import Shape
 from megascale.checkpoint.load import CheckpointReader
+from megascale.checkpoint.tensors import BUFFERS, WEIGHTS
 
-WEIGHTS = "model/"
-"""What the names of a checkpoint's weights start with; the rest is optimizer state."""
-BUFFERS = "buffer/"
-"""What the names of state start with that no optimizer trains (router biases, hash tables)."""
+__all__ = ["BUFFERS", "WEIGHTS", "check_weights"]
 
 _CONFIG_CHANGED = "is config.yaml in the run folder the one that it was trained with?"
 

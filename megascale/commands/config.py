@@ -1,4 +1,4 @@
-"""`megascale config show|validate|diff|schema`: look at configs before anything starts."""
+"""`megascale config show|validate|diff|model|schema`: look at configs before anything starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megascale.config.load import LoadedConfig, load_config
 from megascale.config.origin import place_of
 from megascale.config.resolve import resolve
 from megascale.config.schema import Config
-from megascale.config.write import difference, digest, dump
+from megascale.config.write import difference, digest, dump, dump_section
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("first", type=Path, metavar="A", help="YAML file")
     compare.add_argument("second", type=Path, metavar="B", help="YAML file")
     compare.add_argument("--json", action="store_true", help="print JSON")
+    model = verbs.add_parser("model", help="print the model section of a trained model, for a config that starts from it")
+    model.add_argument("folder", type=Path, metavar="FOLDER", help="a run folder, or a Hugging Face folder")
     verbs.add_parser("schema", help="print the JSON schema of configs, for editors")
 
 
@@ -45,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         InputError: a config is wrong.
     """
-    verbs = {"show": _show, "validate": _validate, "diff": _diff, "schema": _schema}
+    verbs = {"show": _show, "validate": _validate, "diff": _diff, "model": _model, "schema": _schema}
     return verbs[arguments.config_verb](arguments)
 
 
@@ -105,6 +107,13 @@ def _diff(arguments: argparse.Namespace) -> int:
         for path, one, other in rows:
             print(f"{path}: {json.dumps(one)} -> {json.dumps(other)}")
     return 1 if rows else 0
+
+
+def _model(arguments: argparse.Namespace) -> int:
+    from megascale.train.source import model_of
+
+    print(dump_section(Config(model=model_of(arguments.folder)), "model"), end="")
+    return 0
 
 
 def _schema(arguments: argparse.Namespace) -> int:

@@ -67,6 +67,7 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     from megascale.checkpoint.weights import WEIGHTS
     from megascale.config.phases import span_at
     from megascale.train.load_run import open_checkpoint, read_run_config
+    from megascale.train.source import run_tokenizer
 
     gigabytes = 5.0 if arguments.shard_gb is None else arguments.shard_gb
     if not gigabytes > 0:
@@ -79,7 +80,7 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
         export = Export(
             run_folder=arguments.source,
             model=model.model_copy(update={"vocab_size": vocabulary}),
-            tokenizer=_tokenizer(config),
+            tokenizer=run_tokenizer(config),
             neutral=_neutral(config),
             dtype=dtypes.get(arguments.dtype),
             largest=int(gigabytes * 1e9),
@@ -87,28 +88,13 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
         return export_checkpoint(reader, export, arguments.target)
 
 
-def _tokenizer(config: Config) -> Path | None:
-    """tokenizer.json of the run; none where it has none, or its corpora are not here."""
-    from megascale.data.open_data import open_source
-
-    if config.data.tokenizer is not None:
-        return Path(config.data.tokenizer) if Path(config.data.tokenizer).is_file() else None
-    for source in config.data.sources:
-        try:
-            corpus = open_source(source.path, config.data.validation_fraction)
-        except InputError:
-            continue
-        if corpus.tokenizer is not None:
-            return Path(corpus.tokenizer)
-    return None
-
-
 def _neutral(config: Config) -> dict[str, Any]:
     """What config.json says beside the model: the context, and the token that ends a document."""
     from megascale.data.tokenizer import load_tokenizer, separator_id
+    from megascale.train.source import run_tokenizer
 
     values: dict[str, Any] = {"max_position_embeddings": config.data.sequence_length, "use_cache": True}
-    path = _tokenizer(config)
+    path = run_tokenizer(config)
     if path is not None:
         values["bos_token_id"] = values["eos_token_id"] = separator_id(load_tokenizer(path))
     return values

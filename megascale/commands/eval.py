@@ -21,6 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="runs/NAME, or a Hugging Face folder")
     parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest good one")
+    parser.add_argument(
+        "--streams", type=Path, metavar="FOLDER",
+        help="prefixes and aggregator for this model as the trunk: what `megascale streams save` wrote, or the run that trained them",
+    )  # fmt: skip
     parser.add_argument("--sequences", default="all", metavar="N|all", help="sequences scored, from the first on (default: all)")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--source", help="only the held-out text of this source")
@@ -42,14 +46,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the verb; returns the exit code.
 
     Raises:
-        InputError: no run, checkpoint, source or file; a stride or a count that cannot be.
+        InputError: no run, checkpoint, source or file; streams of another trunk; a stride or a count that cannot be.
     """
     count = sequence_count(arguments.sequences)
 
     from megascale.train.evaluate import evaluate, text_sequences, validation_sequences
     from megascale.train.load_run import load_model
+    from megascale.train.stream_sets import open_set
 
     loaded = load_model(arguments.run, arguments.step, arguments.precision)
+    if arguments.streams is not None:
+        loaded = loaded.with_streams(open_set(arguments.streams))
     length = _length(arguments.sequence_length, loaded)
     if arguments.stride is not None and not 1 <= arguments.stride <= length:
         raise InputError("--stride", f"{arguments.stride} is out of range", f"give 1 to {length}, the sequence length")

@@ -22,6 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="runs/NAME, or a Hugging Face folder")
     parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest good one")
+    parser.add_argument(
+        "--streams", type=Path, metavar="FOLDER",
+        help="prefixes and aggregator for this model as the trunk: what `megascale streams save` wrote, or the run that trained them",
+    )  # fmt: skip
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
     prompt.add_argument("--prompt-file", metavar="FILE", help="read it from a file, or from stdin with -")
@@ -41,10 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the verb; returns the exit code.
 
     Raises:
-        InputError: no run, checkpoint or tokenizer; a setting out of range; an unreadable or empty prompt.
+        InputError: no run, checkpoint or tokenizer; streams of another trunk; a setting out of range; an unreadable or empty prompt.
     """
     from megascale.train.load_run import load_model
     from megascale.train.sampling import SamplingOptions
+    from megascale.train.stream_sets import open_set
 
     options = SamplingOptions(arguments.tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     options.check()
@@ -52,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("--samples", f"{arguments.samples} is out of range", "give at least 1")
     prompt = arguments.prompt if arguments.prompt_file is None else _read_prompt(arguments.prompt_file)
     loaded = load_model(arguments.run, arguments.step, arguments.precision)
+    if arguments.streams is not None:
+        loaded = loaded.with_streams(open_set(arguments.streams))
     ids = loaded.encode(prompt)
     if not ids:
         raise InputError("--prompt", "is empty, and documents of this model have no start token", "give some text")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megascale.config.fields import KeyPath
-from megascale.config.schema import AltUp, Config, Experts, Schedule, Streams
+from megascale.config.schema import AltUp, Config, Experts, Schedule, Start, Streams
 
 LLAMA3_ONLY = ("low_frequency_factor", "high_frequency_factor")
 YARN_ONLY = ("beta_fast", "beta_slow")
@@ -65,6 +65,8 @@ def _optimizer(config: Config) -> dict[KeyPath, str]:
 
 def _rest(config: Config) -> dict[KeyPath, str]:
     found: dict[KeyPath, str] = {}
+    if config.start.model is None:
+        found |= _all_but(("start",), Start, "model", "start.model is null")
     if config.schedule.phases:
         found |= {("schedule", n): "schedule.phases has its own" for n in Schedule.model_fields if n != "phases"}
     for index, phase in enumerate(config.schedule.phases):
@@ -94,5 +96,5 @@ def _rest(config: Config) -> dict[KeyPath, str]:
     return found
 
 
-def _all_but(path: KeyPath, section: type[Streams | Experts | AltUp], switch: str, reason: str) -> dict[KeyPath, str]:
+def _all_but(path: KeyPath, section: type[Streams | Experts | AltUp | Start], switch: str, reason: str) -> dict[KeyPath, str]:
     return {path + (name,): reason for name in section.model_fields if name != switch}

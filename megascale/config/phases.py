@@ -18,7 +18,7 @@ class Span:
         number: 0 for the first.
         before: optimizer steps done before it.
         config: the run's, with this phase's streams, and with a schedule that counts its steps from 1.
-        new_warmup_steps: steps over which the parameters that this phase adds warm up.
+        new_warmup_steps: steps over which the parameters warm up that this phase, or the run to the model it starts from, adds.
         reset_optimizer: whether moments and step counts start anew.
     """
 
@@ -37,11 +37,12 @@ class Span:
 def spans(config: Config) -> list[Span]:
     """The phases of a resolved config, in order."""
     if not config.schedule.phases:
-        return [Span(0, 0, config)]
+        return [Span(0, 0, config, config.start.new_warmup_steps)]
     found: list[Span] = []
     for number, phase in enumerate(config.schedule.phases):
         before = found[-1].last if found else 0
-        found.append(Span(number, before, _config(config, phase), phase.new_warmup_steps, phase.reset_optimizer))
+        warmup = phase.new_warmup_steps if number else config.start.new_warmup_steps
+        found.append(Span(number, before, _config(config, phase), warmup, phase.reset_optimizer))
     return found
 
 

@@ -304,10 +304,22 @@ class Run(Node):
     seed: int = field(1, "seed of weights, sample order and sampling", ge=0)
 
 
+class Start(Node):
+    """Another model's weights to start from. Streams, experts and blocks may be added to it; all else has to be equal."""
+
+    model: str | None = field(None, "a run folder or a Hugging Face folder, read once; none = a new model")
+    step: int | None = field(None, "of the run's checkpoint; none = the newest good one", ge=0)
+    freeze: bool = field(False, "what comes from there stays as it is, bit for bit; only what it lacks is trained")
+    new_warmup_steps: int = field(
+        0, "steps of linear warm-up of what the model there lacks, on top of the schedule; of the first phase", ge=0
+    )
+
+
 class Config(Node):
     """A whole run."""
 
     run: Run = Run()
+    start: Start = Start()
     model: Model = Model()
     data: Data = Data()
     batch: Batch = Batch()

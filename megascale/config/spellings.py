@@ -58,6 +58,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "optimizer.clip": ("clip_grad", "max_norm", "gradient_clipping", "max_grad_norm", "grad_clip"),
     "optimizer.muon.momentum": ("muon_momentum",),
     "optimizer.muon.iterations": ("ns_steps", "muon_num_ns_steps"),
+    "start.model": ("init_from", "finetune", "pretrained_checkpoint", "model_name_or_path", "initial_load_path"),
     "schedule.steps": ("train_iters", "max_steps", "training.steps", "train_steps", "total_steps", "max_iters"),
     "schedule.warmup_steps": ("lr_warmup_iters", "warmup_iters", "warmup", "lr_warmup_steps", "lr_warmup_fraction"),
     "schedule.shape": ("lr_decay_style", "lr_scheduler_type", "decay_type", "lr_decay_type"),

@@ -38,10 +38,18 @@ def dump(config: Config, comments: bool = True, notes: Mapping[KeyPath, str] | N
     return "\n".join(writer.lines) + "\n"
 
 
+def dump_section(config: Config, name: str) -> str:
+    """YAML text of one section, without comments: a file that another one can include."""
+    writer = _Writer(False, {}, inactive(config))
+    writer.lines.append(f"{name}:")
+    writer.section(getattr(config, name), (name,), "  ")
+    return "\n".join(writer.lines) + "\n"
+
+
 def digest(config: Config) -> str:
     """SHA-256, in hex, of the settings that decide what is trained: equal digests train the same model.
 
-    Counted: model, data, batch, optimizer, schedule, precision and the seed, after derived values are filled in. Not
+    Counted: model, start, data, batch, optimizer, schedule, precision and the seed, after derived values are filled in. Not
     counted: names, folders, layout, compilation, observation, checkpoints, profiling and guards. Take both digests
     either before or after ``model.vocab_size`` is filled in from the data.
 
@@ -50,6 +58,8 @@ def digest(config: Config) -> str:
     """
     tree = resolve(config).model_dump(mode="json")
     decisive = {name: tree[name] for name in (*DECISIVE_SECTIONS, "precision")} | {"seed": tree["run"]["seed"]}
+    if tree["start"]["model"] is not None:
+        decisive["start"] = tree["start"]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 

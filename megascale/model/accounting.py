@@ -80,26 +80,30 @@ def active_parameters(model: Model) -> int:
     return parameters(model).total - routed * (experts.count - experts.per_token) * 3 * model.width * (experts.width or 0)
 
 
-def flops_per_token(model: Model, visible_keys: float) -> float:
+def flops_per_token(model: Model, visible_keys: float, frozen_trunk: bool = False) -> float:
     """FLOPs of a loss token, forward and backward.
 
     P (6 N_used + 12 L H D (a + n [P>1])) + 6 (P d^2 + d P) [P>1] + 6 P K^2 d L [K>1] + 6 d V.
 
     Args:
         visible_keys: a, mean number of keys a token sees in its document, itself included (prefixes n are added here).
+        frozen_trunk: the weights of layers and head are not trained: their own gradients, a third of 6 N_used and of 6 d V, are not
+            computed.
     """
     assert model.vocab_size and model.head_dim
     streams, several = model.streams.count, model.streams.count > 1
     aggregator = 6 * (streams * model.width**2 + model.width * streams) * several
-    return layer_flops_per_token(model, visible_keys) + aggregator + 6 * model.width * model.vocab_size
+    each = 4 if frozen_trunk else 6
+    return layer_flops_per_token(model, visible_keys, frozen_trunk) + aggregator + each * model.width * model.vocab_size
 
 
-def layer_flops_per_token(model: Model, visible_keys: float) -> float:
+def layer_flops_per_token(model: Model, visible_keys: float, frozen_trunk: bool = False) -> float:
     """The part of `flops_per_token` that is spent in the layers; recomputing them costs a third of it once more."""
     assert model.head_dim
     streams, blocks = model.streams.count, model.altup.blocks
     keys = visible_keys + model.streams.prefix_tokens * (streams > 1)
-    trunk = 6 * parameters(model).matmul_per_token + 12 * model.layers * model.heads * model.head_dim * keys
+    each = 4 if frozen_trunk else 6
+    trunk = each * parameters(model).matmul_per_token + 12 * model.layers * model.heads * model.head_dim * keys
     return streams * trunk + 6 * streams * blocks**2 * model.width * model.layers * (blocks > 1)
 
 

@@ -60,18 +60,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, first_row: int, join_vocabulary: JoinVocabulary
     ) -> tuple[Tensor, Tensor]:
-        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         token_losses = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
-        grad_x = torch.empty_like(x) if needs_gradient else None
-        grad_weight = torch.zeros_like(weight, dtype=token_losses.dtype) if needs_gradient else None
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weight = (
+            torch.zeros_like(weight, dtype=token_losses.dtype) if ctx.needs_input_grad[1] else None
+        )  # a frozen head has none
         for start in range(0, x.shape[0], CHUNK):
             part = slice(start, start + CHUNK)
             logits = x[part] @ weight.t()
             normaliser, chosen = join_vocabulary(*LossKernels.statistics(logits, labels[part], first_row))
             token_losses[part] = torch.where(labels[part] == IGNORED, 0.0, normaliser - chosen)
-            if grad_x is not None and grad_weight is not None:
-                gradient = LossKernels.gradient(logits, labels[part], normaliser, scale, first_row)
+            if grad_x is None and grad_weight is None:
+                continue
+            gradient = LossKernels.gradient(logits, labels[part], normaliser, scale, first_row)
+            if grad_x is not None:
                 torch.mm(gradient, weight, out=grad_x[part])
+            if grad_weight is not None:
                 grad_weight += gradient.t() @ x[part]
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.mark_non_differentiable(token_losses)
@@ -80,7 +84,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _grad_token_losses: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad.to(grad_x.dtype), grad_weight * grad, None, None, None, None
+        to_x = None if grad_x is None else grad_x * grad.to(grad_x.dtype)
+        to_weight = None if grad_weight is None else grad_weight * grad
+        return to_x, to_weight, None, None, None, None
 
 
 def linear_cross_entropy(

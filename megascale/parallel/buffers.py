@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from megascale.checkpoint.layout import Rectangle, full
-from megascale.checkpoint.load import CheckpointReader
+from megascale.checkpoint.tensors import Tensors
 from megascale.checkpoint.weights import BUFFERS
 from megascale.model.decoder import Decoder
 from megascale.parallel.mesh import STAGE, Mesh
@@ -23,7 +23,7 @@ def buffer_rectangles(decoders: Mapping[int, Decoder], mesh: Mesh) -> Iterator[R
             yield full(BUFFERS + name, buffer)
 
 
-def read_buffers(decoder: nn.Module, reader: CheckpointReader) -> dict[str, Tensor]:
+def read_buffers(decoder: nn.Module, reader: Tensors) -> dict[str, Tensor]:
     """The saved buffers of a decoder or stage, by name.
 
     Raises:
@@ -33,9 +33,9 @@ def read_buffers(decoder: nn.Module, reader: CheckpointReader) -> dict[str, Tens
 
 
 @torch.no_grad()
-def load_buffers(decoders: Mapping[int, Decoder], reader: CheckpointReader) -> None:
-    """Restore what `buffer_rectangles` wrote, in any layout."""
+def load_buffers(decoders: Mapping[int, Decoder], reader: Tensors, only: Container[str] | None = None) -> None:
+    """Restore what `buffer_rectangles` wrote, in any layout: all of it, or `only` these names."""
     for decoder in decoders.values():
-        saved = read_buffers(decoder, reader)
         for name, buffer in decoder.named_buffers():
-            buffer.copy_(saved[name])
+            if only is None or BUFFERS + name in only:
+                buffer.copy_(reader.read(BUFFERS + name))

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from megascale.checkpoint.layout import Rectangle
-from megascale.checkpoint.load import CheckpointReader
+from megascale.checkpoint.tensors import Tensors
 from megascale.parallel.placement import Placement
 
 
@@ -69,10 +69,11 @@ class Engine(Protocol):
     def rectangles(self) -> Iterable[Rectangle]:
         """The weights (fp32 masters) and optimizer state that this rank writes into a checkpoint."""
 
-    def load(self, reader: CheckpointReader, new: Collection[str] = (), moments: bool = True) -> None:
+    def load(self, reader: Tensors, new: Collection[str] = (), moments: bool = True) -> None:
         """Restore what `rectangles` wrote, in any layout and by any engine.
 
         Args:
+            reader: a checkpoint, or (without moments) any model's tensors under these names.
             new: names of parameters that the checkpoint need not have: they keep their weights and have no moments yet.
             moments: also the optimizer's state; without, it starts anew.
         """

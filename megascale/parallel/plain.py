@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megascale.checkpoint.layout import Rectangle
-from megascale.checkpoint.load import CheckpointReader
+from megascale.checkpoint.tensors import Tensors
 from megascale.config.schema import Muon
 from megascale.config.schema import Optimizer as OptimizerConfig
 from megascale.parallel.charge import charged_to
@@ -155,11 +155,11 @@ class PlainEngine:
         bf16 = [name for name, p in self.trained.items() if p is not self.masters[name]]
         if bf16:
             torch._foreach_copy_([self.parameters[name].data for name in bf16], [self.masters[name].data for name in bf16])
-        torch._foreach_zero_(list(self.flats.values()))
+        self._forget_gradients()
 
     def _update(self, lr_scale: float, new_scale: float) -> None:
         """Clip, and update the masters."""
-        if self.clip is not None:
+        if self.clip is not None and self.flats:  # a rank may train nothing
             torch._foreach_mul_(list(self.flats.values()), (self.clip / self.norm).clamp(max=1.0))
         for torch_group, group in self.torch_groups:
             torch_group["lr"] = group.lr * lr_scale * (new_scale if group.new else 1.0)
@@ -168,7 +168,11 @@ class PlainEngine:
 
     def skip(self) -> None:
         """See `Engine`."""
-        torch._foreach_zero_(list(self.flats.values()))
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        if self.flats:
+            torch._foreach_zero_(list(self.flats.values()))
 
     def _states(self, name: str) -> list[tuple[str, list[Tensor]]]:
         """(kind of state, one tensor a leaf) of a parameter's optimizer state; empty for frozen ones and before the first step."""
@@ -197,7 +201,7 @@ class PlainEngine:
                         yield Rectangle(f"{kind}/{name}", place.global_shape, (place.offsets[0] + e, 0, 0), tensor[None])
 
     @torch.no_grad()
-    def load(self, reader: CheckpointReader, new: Collection[str] = (), moments: bool = True) -> None:
+    def load(self, reader: Tensors, new: Collection[str] = (), moments: bool = True) -> None:
         """See `Engine`."""
         names = set(reader.names())
         for name, master in self.masters.items():
@@ -216,7 +220,7 @@ class PlainEngine:
                     for leaf, part in zip(leaves, parts, strict=True):
                         optimizer.state[leaf][kind.split(".", 1)[1]] = part.clone().to(leaf.device)
 
-    def _read_state(self, reader: CheckpointReader, key: str, name: str) -> Tensor:
+    def _read_state(self, reader: Tensors, key: str, name: str) -> Tensor:
         if not reader.shape(key):
             return reader.read(key)
         return reader.read(key, self.placements[name].offsets, tuple(self.masters[name].shape))

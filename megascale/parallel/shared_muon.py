@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megascale.checkpoint.layout import Rectangle
-from megascale.checkpoint.load import CheckpointReader
+from megascale.checkpoint.tensors import Tensors
 from megascale.config.schema import Optimizer as OptimizerConfig
 from megascale.parallel.charge import charged_to
 from megascale.parallel.engine import Share
@@ -108,7 +108,7 @@ class SharedMuon(PlainEngine):
                     yield Rectangle(f"{kind}/{name}", place.global_shape, (place.offsets[0] + i, 0, 0), tensor[None])
 
     @torch.no_grad()
-    def load(self, reader: CheckpointReader, new: Collection[str] = (), moments: bool = True) -> None:
+    def load(self, reader: Tensors, new: Collection[str] = (), moments: bool = True) -> None:
         """See `Engine`."""
         (optimizer,) = self.optimizers
         kinds = {key.split("/", 1)[0] for key in reader.names() if moments and key.startswith("muon.")}
@@ -172,7 +172,7 @@ class ZeroMuonEngine:
         """See `Engine`."""
         return chain(self.zero.rectangles(), self.muon.rectangles())
 
-    def load(self, reader: CheckpointReader, new: Collection[str] = (), moments: bool = True) -> None:
+    def load(self, reader: Tensors, new: Collection[str] = (), moments: bool = True) -> None:
         """See `Engine`."""
         self.zero.load(reader, new, moments)
         self.muon.load(reader, new, moments)

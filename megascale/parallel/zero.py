@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megascale.checkpoint.errors import CheckpointError
 from megascale.checkpoint.layout import Rectangle
-from megascale.checkpoint.load import CheckpointReader
+from megascale.checkpoint.tensors import Tensors
 from megascale.config.errors import InputError
 from megascale.config.schema import Optimizer as OptimizerConfig
 from megascale.parallel.charge import charged_to
@@ -240,7 +240,7 @@ class ZeroEngine:
             yield Rectangle(f"{kind}/{segment.name}", shape, offsets, flat[where].view(sizes))
 
     @torch.no_grad()
-    def load(self, reader: CheckpointReader, new: Collection[str] = (), moments: bool = True) -> None:
+    def load(self, reader: Tensors, new: Collection[str] = (), moments: bool = True) -> None:
         """See `Engine`.
 
         Raises:
@@ -269,7 +269,7 @@ class ZeroEngine:
                 weight.copy_(reader.read(f"model/{name}", self.placements[name].offsets, tuple(weight.shape)))
                 self.cut.set_frozen(self.parameters[name], weight)
 
-    def _steps(self, reader: CheckpointReader, partition: Partition) -> Tensor:
+    def _steps(self, reader: Tensors, partition: Partition) -> Tensor:
         """The number of steps, which a flat partition counts once for all its parameters."""
         steps = {name: float(reader.read(f"adamw.step/{name}")) for name in partition.names}
         if len(set(steps.values())) > 1:

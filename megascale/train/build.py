@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from megascale.config.layout import zero_stage_of
+from megascale.config.errors import InputError
+from megascale.config.layout import stage_count, stage_layers, zero_stage_of
 from megascale.config.schema import Config, Model
 from megascale.data.open_data import OpenData, open_data
 from megascale.model.decoder import FP32_PARAMETERS, Decoder
@@ -23,7 +24,8 @@ from megascale.parallel.plain import PlainEngine
 from megascale.parallel.recompute import apply_recompute
 from megascale.parallel.shard import cut, materialise, named_parameters, own_stages, shard, whole_on_meta
 from megascale.train.compiling import compile_layers
-from megascale.train.groups import check_patterns, optimizer_groups
+from megascale.train.groups import check_patterns, optimizer_groups, trained_names
+from megascale.train.inherit import inherit
 from megascale.train.unigrams import unigram_counts
 
 
@@ -38,7 +40,9 @@ class Parts:
     stages: Stages
     engine: Engine
     new: frozenset[str] = frozenset()
-    """names of the parameters that the phase before did not have"""
+    """names of the parameters that the phase before, or the model that the run started from, did not have"""
+    frozen: frozenset[str] = frozenset()
+    """names of the parameters that the run keeps as they are because it trains only what is new"""
 
 
 def open_run_data(config: Config) -> tuple[Config, OpenData]:
@@ -57,6 +61,32 @@ def with_vocabulary(config: Config, size: int) -> Config:
     if config.optimizer.groups:
         check_patterns(config.optimizer, _shapes(config.model))
     return config
+
+
+def refuse_idle_ranks(trained: Collection[str], config: Config) -> None:
+    """Refuse ranks of a pipeline on whose stages nothing is trained: DeepSpeed needs a parameter to step.
+
+    Raises:
+        InputError: names the stages; the same on all ranks.
+    """
+    stages, pp = stage_count(config.parallel), config.parallel.pp
+    layers = stage_layers(config.model.layers, stages)
+    for rank in range(pp):
+        here = [layer for stage in range(rank, stages, pp) for layer in layers[stage]]
+        beginnings = [f"layers.{layer}." for layer in here]
+        tied = config.model.tie_embeddings and rank == pp - 1
+        beginnings += ["embedding."] * (rank == 0 or tied) + ["norm.", "aggregator.", "head."] * (rank == pp - 1)
+        if not any(name.startswith(tuple(beginnings)) for name in trained):
+            reason = f"all parameters of pipeline rank {rank} (layers {', '.join(map(str, here))}) are frozen"
+            remedy = f"continue with parallel.zero_stage=0, or with fewer pipeline ranks than parallel.pp={pp}"
+            raise InputError("optimizer.groups", f"{reason}, and DeepSpeed needs one to train", remedy)
+
+
+def start_at_zero(parameters: Mapping[str, nn.Parameter], names: Container[str]) -> None:
+    """Zeros in place of these parameters' initial weights, as far as they are here."""
+    for name, parameter in parameters.items():
+        if name in names:
+            parameter.detach().zero_()
 
 
 def cast(parameters: Mapping[str, nn.Parameter], precision: str) -> dict[str, Tensor]:
@@ -100,22 +130,32 @@ def _balance_hash_tables(stages: Stages, data: OpenData, config: Config) -> None
         start_routers(decoder, config.run.seed, counts)
 
 
-def build(config: Config, data: OpenData, mesh: Mesh, say: Callable[[str], None], before: Model | None = None) -> Parts:
+def build(
+    config: Config,
+    data: OpenData,
+    mesh: Mesh,
+    say: Callable[[str], None],
+    before: Model | None = None,
+    frozen: frozenset[str] = frozenset(),
+) -> Parts:
     """Build this rank's part of the model, connected for the layout and compiled, and its engine.
 
     Args:
         config: of the phase; knows the vocabulary's size.
-        before: the model of the phase before; none in the first one.
+        before: the model of the phase before, or that the run started from; none for a new model.
+        frozen: names of parameters that are not trained.
     """
     stages, parameters, placements = build_stages(config, mesh)
     _balance_hash_tables(stages, data, config)
-    shapes = _shapes(config.model)
-    known = shapes if before is None else _shapes(before)
-    new = frozenset(name for name, shape in shapes.items() if known.get(name) != shape)
-    everywhere = {name: len(shape) for name, shape in shapes.items()}
-    groups = optimizer_groups(parameters.items(), config.optimizer, everywhere, new)
+    everywhere = {name: len(shape) for name, shape in _shapes(config.model).items()}
+    heritage = inherit(before or config.model, config.model)
+    start_at_zero(parameters, heritage.zeroed)
+    new = heritage.new
+    groups = optimizer_groups(parameters.items(), config.optimizer, everywhere, new, frozen)
     share = Share(groups, cast(parameters, config.precision), parameters, placements)
     zero = zero_stage_of(config, mesh.world.size)
+    if zero:
+        refuse_idle_ranks(trained_names(everywhere, config.optimizer, frozen), config)
     if zero == 3 and config.compile == "auto":
         say("training eagerly: torch.compile would trace DeepSpeed's gathering of weights (ZeRO 3) in every layer")
     else:
@@ -125,7 +165,7 @@ def build(config: Config, data: OpenData, mesh: Mesh, say: Callable[[str], None]
     else:
         engine = _zero_engine(stages, share, config, mesh, zero)
     say(f"engine: {f'DeepSpeed, ZeRO {zero}' if zero else 'plain torch (ZeRO 0)'}")
-    return Parts(config, data, mesh, stages, engine, new)
+    return Parts(config, data, mesh, stages, engine, new, frozen)
 
 
 def _zero_engine(stages: Stages, share: Share, config: Config, mesh: Mesh, stage: int) -> Engine:

@@ -38,6 +38,7 @@ from megascale.parallel.world import World
 from megascale.parallel.zero_traffic import MOST_LIVE, zero_traffic
 from megascale.train.build import build_stages, cast, open_run_data, with_vocabulary
 from megascale.train.groups import optimizer_groups
+from megascale.train.start import frozen_by, plan_start
 
 BACKEND = "dry"
 
@@ -103,9 +104,11 @@ def dry_run(config_file: Path, overrides: Sequence[str], world: int) -> DryRun:
     loaded = load_config(config_file, overrides)
     warnings = check(loaded, world)
     config, data = _open(resolve(loaded.config))
+    start = plan_start(config)
     layout, zero = make_layout(config.parallel, config.model, world), zero_stage_of(config, world)
     first = dict.fromkeys(layout.sizes, 0)
-    reports = [_run_rank(config, layout, layout.rank({**first, "pp": pp}), zero) for pp in range(layout.sizes["pp"])]
+    frozen = frozen_by(start, config.model)
+    reports = [_run_rank(config, layout, layout.rank({**first, "pp": pp}), zero, frozen) for pp in range(layout.sizes["pp"])]
     length = document_length(data, config.data.sequence_length)
     keys = mean_visible_keys((length - 1) / 2, config.model)
     tokens = config.batch.sequences * config.data.sequence_length
@@ -118,7 +121,7 @@ def dry_run(config_file: Path, overrides: Sequence[str], world: int) -> DryRun:
         pipeline_bubble(layout.sizes["pp"], config.batch.micro_batches, virtual_stages),
         parameters(config.model).total,
         active_parameters(config.model),
-        flops_per_token(config.model, keys) * tokens,
+        flops_per_token(config.model, keys, bool(frozen)) * tokens,
         reports,
         _assumed(config, data, length, zero),
         warnings,
@@ -181,10 +184,10 @@ def fake_world(rank: int, size: int) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _run_rank(config: Config, layout: Layout, rank: int, zero: int) -> RankReport:
+def _run_rank(config: Config, layout: Layout, rank: int, zero: int, frozen: frozenset[str]) -> RankReport:
     with fake_world(rank, layout.world) as world:
         mesh = open_mesh(config.parallel, config.model, world)
-        stages, engine = _build(config, mesh)
+        stages, engine = _build(config, mesh, frozen)
         micro_batches = fewest_micro_batches(config)
         memory, ledger = _step(stages, engine, mesh, micro_batches, zero == 0)
         entries = _scaled(ledger.entries(), config.batch.micro_batches, micro_batches)
@@ -201,11 +204,11 @@ def _run_rank(config: Config, layout: Layout, rank: int, zero: int) -> RankRepor
         )
 
 
-def _build(config: Config, mesh: Mesh) -> tuple[Stages, PlainEngine]:
+def _build(config: Config, mesh: Mesh, frozen: frozenset[str]) -> tuple[Stages, PlainEngine]:
     """As `megascale.train.build.build`, not compiled, and with the plain engine also in ZeRO's place: for want of memory it never steps."""
     stages, parameters, placements = build_stages(config, mesh)
     everywhere = {name: p.ndim for name, p in named_parameters(whole_on_meta(config.model)).items()}
-    groups = optimizer_groups(parameters.items(), config.optimizer, everywhere)
+    groups = optimizer_groups(parameters.items(), config.optimizer, everywhere, frozen=frozen)
     weights = cast(parameters, config.precision)
     return stages, PlainEngine(Share(groups, weights, parameters, placements), config.optimizer, mesh)
 

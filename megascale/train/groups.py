@@ -48,11 +48,17 @@ def check_patterns(optimizer: Optimizer, names: Collection[str]) -> None:
             raise InputError(place, f"{group.pattern!r} matches no parameter", f"names look like {some}, ...")
 
 
+def trained_names(names: Mapping[str, int], optimizer: Optimizer, frozen: Container[str]) -> set[str]:
+    """Which of the parameters, given with their dimensions, are trained."""
+    return {name for name, dims in names.items() if name not in frozen and not _named(name, dims, optimizer)[1].frozen}
+
+
 def optimizer_groups(
     parameters: Iterable[tuple[str, nn.Parameter]],
     optimizer: Optimizer,
     everywhere: Mapping[str, int] | None = None,
     new: Container[str] = (),
+    frozen: Container[str] = (),
 ) -> list[OptimizerGroup]:
     """The groups of all trained parameters, in a fixed order; frozen parameters lose requires_grad and are left out.
 
@@ -61,18 +67,24 @@ def optimizer_groups(
         everywhere: name -> dimensions of the parameters of all ranks, so that all have the same groups (some of them empty here); none =
             this rank has them all.
         new: names of parameters that the phase under way adds; they form groups of their own, NAME_new.
+        frozen: names of parameters that are not trained, whatever the groups say.
 
     Raises:
-        InputError: everything is frozen.
+        InputError: everything is frozen, or all that a pattern matches is in `frozen`.
     """
     here = dict(parameters)
     dims = {name: p.ndim for name, p in here.items()} if everywhere is None else everywhere
+    for i, pattern in enumerate(group.pattern for group in optimizer.groups):
+        matched = [name for name in dims if fnmatchcase(name, pattern)]
+        if matched and all(name in frozen for name in matched):
+            reason = f"{pattern!r} matches only parameters that start.freeze keeps as they are"
+            raise InputError(f"optimizer.groups.{i}.pattern", reason, "remove the group, or set start.freeze=false")
     found: dict[str, OptimizerGroup] = {}
     for name, ndim in dims.items():
         group_name, settings = _named(name, ndim, optimizer)
         if name in here:
-            here[name].requires_grad_(not settings.frozen)
-        if settings.frozen:
+            here[name].requires_grad_(not settings.frozen and name not in frozen)
+        if settings.frozen or name in frozen:
             continue
         group = _group(name, ndim, group_name, settings, optimizer, name in new)
         members = found.setdefault(group.name, group).parameters

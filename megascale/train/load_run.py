@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from megascale.checkpoint.folders import list_checkpoints, step_of
 from megascale.checkpoint.hugging_face.folder import is_hugging_face
+from megascale.checkpoint.hugging_face.import_folder import is_import
 from megascale.checkpoint.hugging_face.side_files import kept_config
 from megascale.checkpoint.hugging_face.tensors import parameter_shapes
 from megascale.checkpoint.load import CheckpointReader, newest_good
@@ -35,6 +36,9 @@ from megascale.parallel.pipeline import Stages
 from megascale.parallel.world import World
 from megascale.train.build import cast, open_run_data
 
+if TYPE_CHECKING:
+    from megascale.checkpoint.stream_set import StreamSet
+
 __all__ = ["WEIGHTS", "LoadedModel", "LoadedRun", "decoder_of", "load_model", "load_run", "open_checkpoint", "read_run_config"]
 
 Precision = Literal["fp32", "bf16"]
@@ -55,6 +59,7 @@ class LoadedModel:
         validation: held-out sequences by source.
         start: ids before each document.
         separator: id that ends a document; None without a tokenizer.
+        known: what was found out about the weights in the folder, shared by all models on one trunk.
     """
 
     folder: Path
@@ -67,6 +72,22 @@ class LoadedModel:
     validation: Mapping[str, SequenceSet]
     start: tuple[int, ...]
     separator: int | None
+    known: dict[str, str] = field(default_factory=dict, kw_only=True, compare=False)
+
+    @property
+    def checkpoint_step(self) -> int | None:
+        """Of the checkpoint that the weights come from; none in a Hugging Face folder."""
+        return None if is_hugging_face(self.folder) else self.step
+
+    def with_streams(self, chosen: StreamSet | None) -> LoadedModel:
+        """The same trunk with other streams, or (none) with one: P is chosen for each generation. The trunk's tensors are shared.
+
+        Raises:
+            InputError: the set was trained beside another trunk.
+        """
+        from megascale.train.stream_sets import with_streams
+
+        return with_streams(self, chosen)
 
     @property
     def stages(self) -> Stages:
@@ -103,7 +124,7 @@ class LoadedRun(LoadedModel):
 def load_model(folder: Path, step: int | None = None, precision: Precision = "fp32") -> LoadedModel:
     """Open a run folder or a Hugging Face folder. Arguments and errors as in `load_run`; a Hugging Face folder has no steps."""
     if not is_hugging_face(folder):
-        if _is_untrained_import(folder, step):
+        if is_import(folder, step):
             return _load_import(folder, precision)
         return load_run(folder, step, precision)
     if step is not None:
@@ -145,12 +166,6 @@ def load_run(folder: Path, step: int | None = None, precision: Precision = "fp32
         checkpoint=value_digest({name: record.digest for name, record in reader.manifest.files.items()}),
         data=data,
     )
-
-
-def _is_untrained_import(folder: Path, step: int | None) -> bool:
-    """Whether the checkpoint asked for holds imported weights: no corpus belongs to them."""
-    found = {step_of(path) for path in list_checkpoints(folder / "checkpoints")}
-    return 0 in found and (step == 0 or (step is None and found == {0}))
 
 
 def _load_import(folder: Path, precision: Precision) -> LoadedModel:
@@ -212,8 +227,8 @@ def read_run_config(folder: Path) -> Config:
     return resolve(load_config(kept).config)
 
 
-def open_checkpoint(folder: Path, step: int | None) -> CheckpointReader:
-    """The checkpoint of a step, verified; the newest good one for None.
+def open_checkpoint(folder: Path, step: int | None, verify: bool = True) -> CheckpointReader:
+    """The checkpoint of a step, verified unless another rank has done so; the newest good one for None.
 
     Raises:
         InputError: there is none, none of this step, or it is damaged.
@@ -231,7 +246,8 @@ def open_checkpoint(folder: Path, step: int | None) -> CheckpointReader:
         steps = ", ".join(str(number) for number in sorted({step_of(path) for path in found}))
         raise InputError("--step", f"{checkpoints} has no checkpoint of step {step}", f"it has those of steps {steps}")
     reader = CheckpointReader(path)
-    reader.verify()
+    if verify:
+        reader.verify()
     return reader
 
 

@@ -6,8 +6,10 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megascale.config.checks import check
 from megascale.config.errors import InputError
@@ -27,6 +29,7 @@ from megascale.train.launcher import LauncherWatch
 from megascale.train.phases import train_phases
 from megascale.train.run_folder import write_manifest
 from megascale.train.shared_folder import open_shared_folder
+from megascale.train.start import Start, open_start, recorded
 from megascale.train.stopping import EXIT_CODES, StopRequest, write_exit
 from megascale.train.trainer import Say
 
@@ -92,14 +95,13 @@ def _run(config: Config, data: OpenData, world: World, folder: Path, say: Say, l
         write_exit(folder, "error", message="the run did not end by itself: it is running, was killed, or hung (see logs/)")
     stop = StopRequest(folder / "STOP", launcher)
     sink: Sink = FanOut([])
-    reason, facts = "error", {"message": ""}
+    reason, facts, files = "error", {"message": ""}, ExitStack()
     try:
         mesh = open_mesh(config.parallel, config.model, world)
+        start = open_start(config, data, world, folder, files)
         counted = parameters(config.model)
         if world.rank == 0:
-            write_manifest(
-                folder, data_digest=data.digest, parameters=counted.total, world=world.size, device=world.device.name()
-            )
+            _write_manifest(folder, config, data, world, start)
             sink = _open_sinks(config, metrics, lineage, folder)
             tokens = config.batch.sequences * config.data.sequence_length
             show(
@@ -108,7 +110,7 @@ def _run(config: Config, data: OpenData, world: World, folder: Path, say: Say, l
                 ),
                 sys.stdout,
             )
-        reason, step = train_phases(config, data, mesh, folder, sink, lineage, stop, say)
+        reason, step = train_phases(config, data, mesh, folder, sink, lineage, stop, say, start)
         facts = {"message": _cause(reason, stop), "step": str(step)}
     except Exception as error:
         reason = "bad_input" if isinstance(error, InputError) and error.exit_code == 2 else "error"
@@ -116,12 +118,21 @@ def _run(config: Config, data: OpenData, world: World, folder: Path, say: Say, l
         (folder / "logs" / f"error-rank-{world.rank}.txt").write_text(traceback.format_exc())
         raise
     finally:
+        files.close()
         sink.close()
         if world.rank == 0 or reason in ("error", "bad_input"):
             write_exit(folder, reason, **facts)
     world.barrier()  # a launcher ends all ranks once one leaves with a code other than 0: rank 0's sinks have to be closed by then
     say(f"{reason} at step {facts['step']}; files in {folder}")
     return EXIT_CODES[reason]
+
+
+def _write_manifest(folder: Path, config: Config, data: OpenData, world: World, start: Start | None) -> None:
+    facts: dict[str, Any] = {"data_digest": data.digest, "parameters": parameters(config.model).total}
+    record = start.record if start is not None else recorded(folder)
+    if record is not None:
+        facts["start"] = {name: record[name] for name in ("path", "step", "digest")}
+    write_manifest(folder, **facts, world=world.size, device=world.device.name())
 
 
 def _cause(reason: str, stop: StopRequest) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 import megascale
-from megascale.checkpoint.folders import list_checkpoints, step_of
+from megascale.checkpoint.hugging_face.import_folder import is_import
+from megascale.checkpoint.hugging_face.settings import essential
 from megascale.config.errors import InputError
 from megascale.config.load import load_config
 from megascale.config.phases import span_at
@@ -43,20 +44,18 @@ def open_run_folder(config: Config) -> Path:
         return folder
     earlier = resolve(load_config(kept).config)
     imported = _only_imported(folder)
-    if imported and span_at(earlier, 0).config.model == span_at(config, 0).config.model:
+    if imported and config.start.model is not None:
+        reason = "holds imported weights already, which the training would begin with"
+        raise InputError(f"run folder {folder}", reason, "leave start.model out, or choose another run.name=NAME")
+    before, model = (essential(span_at(one, 0).config.model) for one in (earlier, config))
+    if imported and before == model:
         kept.write_text(dump(config))
         return folder
     if imported or digest(earlier) != digest(config):
-        changes = "; ".join(
-            f"{path}: {a!r} -> {b!r}"
-            for path, a, b in difference(earlier, config)
-            if not path.startswith(UNTRAINED) and (path.startswith("model.") or not imported)
-        )
-        raise InputError(
-            f"run folder {folder}",
-            f"holds a run of another config ({changes})",
-            "choose another run.name=NAME, or delete the folder",
-        )
+        rows = difference(Config(model=before), Config(model=model)) if imported else difference(earlier, config)
+        changes = "; ".join(f"{path}: {a!r} -> {b!r}" for path, a, b in rows if not path.startswith(UNTRAINED))
+        again = f"choose another run.name=NAME with start.model={folder}" if imported else "choose another run.name=NAME"
+        raise InputError(f"run folder {folder}", f"holds a run of another config ({changes})", f"{again}, or delete the folder")
     return folder
 
 
@@ -67,10 +66,9 @@ def _has_trained(folder: Path) -> bool:
 
 
 def _only_imported(folder: Path) -> bool:
-    """Whether all there is are imported weights, the checkpoint of step 0: they fit any training of their model."""
-    found = list_checkpoints(folder / "checkpoints")
+    """Whether all there is are imported weights: they fit any training of their model."""
     metrics = folder / "metrics.jsonl"
-    return bool(found) and step_of(found[0]) == 0 and not (metrics.exists() and metrics.stat().st_size > 0)
+    return is_import(folder) and not (metrics.exists() and metrics.stat().st_size > 0)
 
 
 UNTRAINED = ("run.name", "run.folder", "observe.", "checkpoint.", "profile.", "guard.", "compile", "parallel.", "engine.")

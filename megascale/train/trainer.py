@@ -16,6 +16,7 @@ from megascale.checkpoint.errors import SaveError
 from megascale.checkpoint.load import open_newest
 from megascale.checkpoint.retention import prune
 from megascale.checkpoint.save import save_checkpoint
+from megascale.checkpoint.tensors import ORIGIN
 from megascale.config.phases import Span
 from megascale.data.batches import MicroBatch
 from megascale.data.prefetch import prefetch
@@ -27,9 +28,11 @@ from megascale.parallel.mesh import DATA
 from megascale.parallel.world import World
 from megascale.train.batch_stream import StepBatch, step_batches
 from megascale.train.build import Parts
+from megascale.train.inherit import inherit
 from megascale.train.profiling import StepProfiler
 from megascale.train.recovery import Recovery
 from megascale.train.schedule import lr_scale
+from megascale.train.start import InheritedTensors, Start, describe
 from megascale.train.stopping import StopRequest
 from megascale.train.tally import Tally, move_biases
 from megascale.train.validate import validate
@@ -58,20 +61,34 @@ class TrainingError(RuntimeError):
 class Trainer:
     """Trains one phase: from the newest checkpoint, which may be of the phase before, to the phase's last step."""
 
-    def __init__(self, parts: Parts, world: World, folder: Path, sink: Sink, lineage: int, say: Say, span: Span | None = None):
+    def __init__(
+        self,
+        parts: Parts,
+        world: World,
+        folder: Path,
+        sink: Sink,
+        lineage: int,
+        say: Say,
+        span: Span | None = None,
+        start: Start | None = None,
+    ):
         self.span = span or Span(0, 0, parts.config)
+        self.record = start.record if start is not None else None
         self.parts, self.world, self.folder, self.sink, self.lineage, self.say = parts, world, folder, sink, lineage, say
         self.config, self.engine, self.stages, self.mesh = parts.config, parts.engine, parts.stages, parts.mesh
         self.peak_flops = peak_flops(world.device.name())
         self.checkpoints = folder / "checkpoints"
         self.recovery = Recovery()
-        self.progress = self._resume()
+        self.progress = self._resume(start)
 
-    def _resume(self) -> Progress:
+    def _resume(self, start: Start | None) -> Progress:
         reader = open_newest(self.checkpoints, self.world.rank, self.world.broadcast, self.say)
         if reader is None:
+            if start is not None:
+                self._take_over(start)
             return Progress()
         saved = reader.state
+        self.record = saved.get(ORIGIN)
         progress = Progress(**saved["progress"])
         self.recovery = Recovery(**saved.get("recovery", {}))
         load_buffers(self.stages.decoders, reader)
@@ -85,6 +102,18 @@ class Trainer:
         if saved["data_digest"] not in (None, self.parts.data.digest):  # imported weights know no corpora
             self.say("warning: the corpora are not those that the checkpoint was trained on")
         return progress
+
+    def _take_over(self, start: Start) -> None:
+        """Begin with another model's weights; what is new in this one keeps its own."""
+        assert start.tensors is not None, "a run without checkpoints needs the model it starts from"
+        heritage = inherit(start.model, self.config.model)
+        tensors = InheritedTensors(start.tensors, heritage)
+        load_buffers(self.stages.decoders, tensors, heritage.taken)
+        self.engine.load(tensors, new=heritage.new, moments=False)
+        self.recovery = Recovery(list(start.recent))
+        self.recovery.begin(0)
+        for line in describe(start, heritage, self.config.model):
+            self.say(line)
 
     def run(self, stop: StopRequest) -> str:
         """Train until the phase is done, or stopped; returns the reason for exit.json."""
@@ -152,9 +181,10 @@ class Trainer:
         seconds = time.perf_counter() - started
 
         keys = mean_visible_keys(positions / all_tokens, self.config.model)
-        flops = flops_per_token(self.config.model, keys) * step_tokens
+        frozen = bool(self.parts.frozen)
+        flops = flops_per_token(self.config.model, keys, frozen) * step_tokens
         again = layer_flops_per_token(self.config.model, keys) / 3 if self.config.parallel.recompute == "layer" else 0.0
-        flops_full = flops_per_token(self.config.model, float(self.config.data.sequence_length)) * step_tokens
+        flops_full = flops_per_token(self.config.model, float(self.config.data.sequence_length), frozen) * step_tokens
         progress = self.progress
         progress.step, progress.sequences = batch.step, batch.consumed
         progress.tokens += step_tokens
@@ -229,6 +259,8 @@ class Trainer:
             "recovery": asdict(self.recovery),
             "data_digest": self.parts.data.digest,
         }
+        if self.record is not None:
+            state[ORIGIN] = dict(self.record)
         world = self.world
         save_checkpoint(
             self.checkpoints,

@@ -166,6 +166,7 @@ OTHER_RESULT = [
     ("batch", "ramp", (BatchStage(steps=1, sequences=2),)),
     ("optimizer", "lr", 1e-3),
     ("schedule", "steps", 999),
+    ("start", "model", "runs/other"),
 ]
 
 

@@ -161,6 +161,23 @@ def test_flops_with_streams_count_prefixes_and_aggregator() -> None:
     assert counter.get_total_flops() == 24 * flops_per_token(decoder.config, 24)
 
 
+@pytest.mark.usefixtures("countable")
+def test_flops_of_a_frozen_trunk_leave_out_its_weights_gradients() -> None:
+    """All but those of the first layer's input, which needs no gradient either."""
+    decoder, batch = tiny_decoder(tiny_model(layers=4, streams={"count": 3, "prefix_tokens": 5})), packed_batch([[24]])
+    for name, parameter in decoder.named_parameters():
+        parameter.requires_grad_("prefix" in name or "aggregator" in name)
+    with FlopCounterMode(display=False) as counter:
+        loss = batch.losses(decoder).lm
+        assert loss is not None
+        loss.backward()
+    model = decoder.config
+    counted, formula = counter.get_total_flops(), 24 * flops_per_token(model, 24, frozen_trunk=True)
+    inputs = 24 * 3 * 2 * model.width * model.head_dim * (model.heads + 2 * model.kv_heads)  # q, k, v of the first layer
+    scores = 24 * 3 * 4 * model.heads * model.head_dim * 24
+    assert formula - inputs - scores <= counted < formula < 24 * flops_per_token(model, 24)
+
+
 def test_blocks_cost_the_mix_alone() -> None:
     plain, wide = (flops_per_token(tiny_model(altup={"blocks": k}), 10) for k in (1, 3))
     assert wide - plain == 6 * 3**2 * 32 * 2

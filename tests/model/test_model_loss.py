@@ -79,3 +79,16 @@ def test_nothing_is_kept_for_the_backward_pass_without_gradients() -> None:
     x, weight, labels = inputs(5)
     total, _ = linear_cross_entropy(x.detach(), weight.detach(), labels, torch.ones((), dtype=torch.float64))
     assert not total.requires_grad
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_what_is_frozen_costs_no_gradient(frozen: str) -> None:
+    x, weight, labels = inputs(9)
+    expected = torch.autograd.grad(linear_cross_entropy(x, weight, labels, torch.ones(()))[0], (x, weight))
+    (x if frozen == "x" else weight).requires_grad_(False)
+    total, _ = linear_cross_entropy(x, weight, labels, torch.ones(()))
+    kept = [tensor for tensor in total.grad_fn.saved_tensors if tensor is not None]
+    total.backward()
+    trained, gradient = (weight, expected[1]) if frozen == "x" else (x, expected[0])
+    assert torch.equal(trained.grad, gradient)
+    assert [tensor.shape for tensor in kept] == [trained.shape]

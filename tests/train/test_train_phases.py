@@ -8,20 +8,19 @@ import pytest
 import torch
 
 from layouts import saved
+from megascale.checkpoint.hugging_face.import_folder import import_folder
 from megascale.config.checks import check
 from megascale.config.errors import InputError
 from megascale.config.load import load_config
 from megascale.config.phases import span_at, spans
 from megascale.config.schema import Config
 from megascale.observe.sinks import read_metrics
-from megascale.parallel.mesh import open_mesh
-from megascale.train.build import open_run_data
-from megascale.train.load_run import load_run
-from megascale.train.phases import train_phases
+from megascale.train.load_run import load_model, load_run
 from megascale.train.recovery import WINDOW, Recovery
-from megascale.train.run_folder import open_run_folder
+from megascale.train.start import recorded
 from ranks import RankPool
-from runs import Collected, one_process, pretrain, tiny_config, write_config
+from runs import pretrain, tiny_config, train_phases_on_rank, write_config
+from starts import save_foreign
 
 STREAMS = "model.streams={count: 2, prefix_tokens: 4}"
 PHASES = (
@@ -33,22 +32,8 @@ PHASES = (
 NEW = {"model/aggregator.hidden.weight", "model/aggregator.mix.bias", "model/layers.0.attention.prefix_k"}
 
 
-def train_on_rank(rank: int, size: int, settings: dict, stop_after: int) -> list:
-    config, data = open_run_data(Config.model_validate(settings))
-    world = one_process(rank, size)
-    folder = Path(config.run.folder) / config.run.name
-    if rank == 0:
-        open_run_folder(config)
-    world.barrier()
-    seen = Collected(folder / "STOP", stop_after)
-    mesh = open_mesh(config.parallel, config.model, world)
-    reason, _ = train_phases(config, data, mesh, folder, seen, 1, seen.stop, lambda _: None)
-    assert reason == ("stop" if stop_after else "done")
-    return seen.records
-
-
 def run(config: Config, stop_after: int = 0) -> list:
-    return train_on_rank(0, 1, config.model_dump(), stop_after)
+    return train_phases_on_rank(0, 1, config.model_dump(), stop_after)
 
 
 def step(folder: Path, number: int, name: str = "tiny") -> dict[str, torch.Tensor]:
@@ -115,7 +100,42 @@ def test_moments_start_anew_on_request(tmp_path: Path, tiny_corpus: Path) -> Non
 def test_phases_hold_in_layouts(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, parallel: str) -> None:
     alone = run(tiny_config(tmp_path, tiny_corpus, *PHASES, "run.name=alone", "batch.micro_batches=2"))
     config = tiny_config(tmp_path, tiny_corpus, *PHASES, "batch.micro_batches=2", f"parallel={parallel}")
-    found = ranks.run(train_on_rank, config.model_dump(), 0, world_size=2)[0]
+    found = ranks.run(train_phases_on_rank, config.model_dump(), 0, world_size=2)[0]
+    for name in ("train/lm_loss", "train/grad_norm"):
+        assert [r[name] for r in found] == pytest.approx([r[name] for r in alone], rel=1e-5)
+
+
+IMPORTED = (PHASES[0], PHASES[2], PHASES[3], "model.qkv_bias=true", "batch.micro_batches=2")
+
+
+def import_foreign(folder: Path, corpus: Path, name: str) -> None:
+    """A run folder out of a Qwen2 of transformers."""
+    if not (folder / "hf").exists():
+        save_foreign(folder / "hf", corpus)
+    import_folder(folder / "hf", folder / "runs" / name)
+
+
+def test_imported_weights_get_streams_in_the_second_phase(tmp_path: Path, tiny_corpus: Path) -> None:
+    import_foreign(tmp_path, tiny_corpus, "tiny")
+    there = load_model(tmp_path / "hf").decoder.get_parameter("norm.weight")
+    records = run(tiny_config(tmp_path, tiny_corpus, *IMPORTED, "checkpoint={every: 3, keep_last: 9}"))
+    assert [(r["step"], r["phase"]) for r in records] == [(1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (6, 1)]
+    assert not NEW & step(tmp_path, 3).keys()
+    assert step(tmp_path, 6).keys() > NEW
+    assert 0 < float((step(tmp_path, 6)["model/norm.weight"] - there).abs().max()) < 0.1
+    assert recorded(tmp_path / "runs/tiny")["path"] == str(tmp_path / "hf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "parallel", ["{tp: 2, zero_stage: 0}", "{pp: 2, zero_stage: 0}", "{zero_stage: 1}", "{pp: 2, zero_stage: 1}"]
+)
+def test_phases_of_an_imported_run_hold_in_layouts(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, parallel: str) -> None:
+    import_foreign(tmp_path, tiny_corpus, "alone")
+    import_foreign(tmp_path, tiny_corpus, "tiny")
+    alone = run(tiny_config(tmp_path, tiny_corpus, *IMPORTED, "run.name=alone"))
+    config = tiny_config(tmp_path, tiny_corpus, *IMPORTED, f"parallel={parallel}")
+    found = ranks.run(train_phases_on_rank, config.model_dump(), 0, world_size=2)[0]
     for name in ("train/lm_loss", "train/grad_norm"):
         assert [r[name] for r in found] == pytest.approx([r[name] for r in alone], rel=1e-5)
 

@@ -85,8 +85,8 @@ class TensorFiles:
                     raise InputError(str(path), f"tensor {name} has the dtype {piece.get_dtype()}", "not supported")
                 self.stored[name] = Stored(path, _DTYPES[piece.get_dtype()], tuple(piece.get_shape()))
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or some of its rows, in the stored dtype.
+    def read(self, name: str, part: slice | tuple[slice, ...] | None = None) -> Tensor:
+        """A tensor, some of its rows, or a rectangle of it, in the stored dtype.
 
         The file is opened anew for every tensor: what was mapped for the one before is given back.
 
@@ -96,7 +96,7 @@ class TensorFiles:
         path = self.stored[name].file
         with _opened(path) as file:
             try:
-                return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+                return file.get_tensor(name) if part is None else file.get_slice(name)[part]
             except (SafetensorError, OSError) as error:
                 raise InputError(str(path), f"tensor {name} cannot be read ({error})", DAMAGED) from error
 

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megascale.checkpoint.folders import list_checkpoints, step_of
 from megascale.checkpoint.hugging_face.folder import TOKENIZER, HuggingFaceModel, open_hugging_face
+from megascale.checkpoint.hugging_face.read import HuggingFaceTensors
 from megascale.checkpoint.hugging_face.side_files import KEPT, keep, new_folder
 from megascale.checkpoint.hugging_face.tensors import Piece
 from megascale.checkpoint.layout import Deferred, dtype_name, volume
+from megascale.checkpoint.load import CheckpointReader
 from megascale.checkpoint.save import save_checkpoint
+from megascale.checkpoint.tensors import ORIGIN, origin_record
 from megascale.config.checks import check
 from megascale.config.errors import InputError
 from megascale.config.load import LoadedConfig, validate
@@ -24,7 +28,7 @@ from megascale.config.write import dump
 LONGEST = 4096
 """Most tokens of a sequence in the config of an imported run: long contexts need more memory than a start should ask for."""
 DTYPES = "hugging_face_dtypes"
-"""Entry of a checkpoint's state: the dtype in which each imported tensor was stored."""
+"""Entry of a checkpoint's state: the dtype in which each imported tensor was stored. Checkpoints of a training do not have it."""
 
 
 def import_folder(source: Path, target: Path) -> dict[str, Any]:
@@ -51,12 +55,13 @@ def import_folder(source: Path, target: Path) -> dict[str, Any]:
         keep(source, partial)
         (partial / "config.yaml").write_text(dump(config))
         read = Counter[str]()
+        origin = origin_record(source, None, model.model, HuggingFaceTensors(model))
         dtypes = {name: dtype_name(dtype) for name, dtype in model.dtypes.items()}
         save_checkpoint(
             partial / "checkpoints",
             0,
             [_rectangle(model, piece, read) for piece in model.pieces],
-            {"progress": {}, "data_digest": None, DTYPES: dtypes},
+            {"progress": {}, "data_digest": None, DTYPES: dtypes, ORIGIN: origin},
             rank=0,
             world=1,
             gather=lambda one: [one],
@@ -74,6 +79,17 @@ def import_folder(source: Path, target: Path) -> dict[str, Any]:
         "tokenizer": config.data.tokenizer,
         "warnings": warnings,
     }
+
+
+def is_import(folder: Path, step: int | None = None) -> bool:
+    """Whether a checkpoint of a run folder (of this step; none: the newest) holds imported weights that nothing has trained yet.
+
+    Raises:
+        CheckpointError: that checkpoint is damaged.
+    """
+    found = {step_of(path): path for path in reversed(list_checkpoints(folder / "checkpoints"))}
+    wanted = max(found, default=0) if step is None else step
+    return wanted == 0 and 0 in found and DTYPES in CheckpointReader(found[0]).state
 
 
 def _rectangle(model: HuggingFaceModel, piece: Piece, read: Counter[str]) -> Deferred:

@@ -24,8 +24,8 @@ _TEXT_FILES = (
 
 
 def keep(source: Path, run_folder: Path) -> None:
-    """Copy config.json and the files of the tokenizer into a run folder."""
-    (run_folder / KEPT).mkdir()
+    """Copy config.json and the files of the tokenizer into a run folder, over those that a start which failed has left there."""
+    (run_folder / KEPT).mkdir(exist_ok=True)
     for name in (CONFIG, *_TEXT_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, run_folder / KEPT / name)

@@ -52,15 +52,20 @@ class Piece:
         """Whether the rectangle is all of our tensor."""
         return self.sizes == self.shape
 
+    @property
+    def reordered(self) -> bool:
+        """Whether a rectangle of ours is not one of theirs."""
+        return self.ours == HIDDEN_MAJOR
+
     def to_ours(self, tensor: Tensor) -> Tensor:
         """Their tensor as our rectangle, of shape `sizes`; a view where the order is the same."""
-        if self.ours == HIDDEN_MAJOR:
+        if self.reordered:
             tensor = tensor.unflatten(1, (-1, self.streams)).transpose(1, 2).flatten(1)
         return tensor.view(self.sizes)
 
     def to_theirs(self, tensor: Tensor) -> Tensor:
         """The reverse of `to_ours`."""
-        if self.ours == HIDDEN_MAJOR:
+        if self.reordered:
             tensor = tensor.unflatten(1, (self.streams, -1)).transpose(1, 2).flatten(1)
         return tensor.view(self.their_shape)
 
