@@ -149,11 +149,11 @@ def assert_equal_runs(found: Path, expected: Path) -> None:
 # One host -------------------------------------------------------------------------------------------------------------
 
 
-def launcher(name: str, config: Path) -> Command:
+def launcher(name: str, config: Path, *overrides: str) -> Command:
     """A launcher of two ranks on this host."""
     if name == "torchrun":
-        return [TORCHRUN, "--nproc-per-node=2", f"--master-port={free_port()}", *training(config)]
-    return [DEEPSPEED, "--num_gpus=2", f"--master_port={free_port()}", *training(config)]
+        return [TORCHRUN, "--nproc-per-node=2", f"--master-port={free_port()}", *training(config, *overrides)]
+    return [DEEPSPEED, "--num_gpus=2", f"--master_port={free_port()}", *training(config, *overrides)]
 
 
 def descendants(process: subprocess.Popen[str], *words: str) -> list[psutil.Process]:
@@ -197,6 +197,29 @@ def test_a_signal_to_any_part_of_a_launcher_saves_the_run_and_leaves_nobody(
     assert message in (cause, "another rank was asked to stop")  # rank 0 may see it a step later
     assert psutil.wait_procs(family, timeout=5)[1] == []
     assert_saved_where_it_stopped(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_run_under_zero_is_stopped_and_resumed_to_the_same_bits(
+    config: Path, tmp_path: Path, tiny_corpus: Path, stage: int
+) -> None:
+    zero, others = f"parallel.zero_stage={stage}", tmp_path / "whole"
+    others.mkdir()
+    whole = write_config(others, tiny_corpus)
+    undisturbed = start(launcher("deepspeed", whole, zero))
+    output = finish(undisturbed)
+    assert undisturbed.returncode == 0, output
+    process = start(launcher("deepspeed", config, zero))
+    wait_for_step(config, process)
+    os.kill(last_rank(process), signal.SIGTERM)
+    finish(process)
+    assert ended_as(config)[0] == "requeue"
+    assert_saved_where_it_stopped(config)
+    again = start(launcher("deepspeed", config, zero))
+    output = finish(again)
+    assert again.returncode == 0, output
+    assert_equal_runs(run_of(config), run_of(whole))
 
 
 def test_a_run_under_nohup_outlives_its_shell(config: Path) -> None:

@@ -93,3 +93,16 @@ def test_a_run_goes_on_under_another_engine(ranks: RankPool, tmp_path: Path, tin
             (rest, *_) = ranks.run(continue_on_rank, config.model_dump(), world_size=size)
             for found, expected in zip([*first, *rest], whole, strict=True):
                 assert found == pytest.approx(expected, rel=2e-3)  # bf16, other sums
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["zero1-dp2", "zero2-dp3", "zero3-dp4"])
+def test_a_resumed_run_is_the_one_that_never_stopped(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, layout: str) -> None:
+    world, *overrides = READERS[layout]
+    whole = train(ranks, tmp_path, tiny_corpus, world, "whole", *STATE, *overrides)
+    stopped = train(ranks, tmp_path, tiny_corpus, world, "stopped", *STATE, *overrides, stop_after=2)
+    resumed = train(ranks, tmp_path, tiny_corpus, world, "stopped", *STATE, *overrides)
+    assert [*stopped.curve, *resumed.curve] == whole.curve
+    ends = [all_tensors(tmp_path / "runs" / name / "checkpoints" / "step-00000003") for name in ("whole", "stopped")]
+    assert ends[0].keys() == ends[1].keys()
+    assert [name for name, tensor in ends[0].items() if not torch.equal(tensor, ends[1][name])] == []
