@@ -20,7 +20,7 @@ from megascale.checkpoint.tensors import ORIGIN
 from megascale.config.phases import Span
 from megascale.data.batches import MicroBatch
 from megascale.data.prefetch import prefetch
-from megascale.model.accounting import flops_per_token, layer_flops_per_token, mean_visible_keys
+from megascale.model.accounting import flops_per_token, hardware_flops_per_token, mean_visible_keys
 from megascale.observe.sinks import Sink
 from megascale.observe.throughput import peak_flops, throughput
 from megascale.parallel.buffers import buffer_rectangles, load_buffers
@@ -183,7 +183,7 @@ class Trainer:
         keys = mean_visible_keys(positions / all_tokens, self.config.model)
         frozen = bool(self.parts.frozen)
         flops = flops_per_token(self.config.model, keys, frozen) * step_tokens
-        again = layer_flops_per_token(self.config.model, keys) / 3 if self.config.parallel.recompute == "layer" else 0.0
+        flops_hardware = hardware_flops_per_token(self.config.model, keys, self.config.parallel.recompute, frozen) * step_tokens
         flops_full = flops_per_token(self.config.model, float(self.config.data.sequence_length), frozen) * step_tokens
         progress = self.progress
         progress.step, progress.sequences = batch.step, batch.consumed
@@ -201,7 +201,7 @@ class Trainer:
             "train/grad_norm": norm,
             **{f"optim/lr/{g.name}": g.lr * scale * (new_scale if g.new else 1.0) for g in self.engine.groups},
             **self.recovery.add(metrics["train/lm_loss"], progress.tokens),
-            **throughput(seconds, step_tokens, flops, flops_full, flops + again * step_tokens, self.world.size, self.peak_flops),
+            **throughput(seconds, step_tokens, flops, flops_full, flops_hardware, self.world.size, self.peak_flops),
             "perf/data_seconds": data_seconds,
             **self.world.device.memory(),
             **self.parts.data.train.progress(batch.consumed),
