@@ -17,7 +17,8 @@ PREFIX_STD = 0.02
 """Of prefix keys and values: initializer_range of the published models, whose own training code is not known (arXiv 2505.10475)."""
 QUIET = (".prefix_v", ".prefix_network.value.weight", "aggregator.mix.weight")
 """What starts as zeros with `prefix_start: quiet`: values, which then add nothing, and the aggregator's last layer, whose result then is
-the plain mean of the streams. Keys stay random: they make the streams differ, and all of these have gradients within two steps."""
+the plain mean of the streams. Keys stay random: they make the streams differ, and all of these have gradients within two steps. On a
+trained trunk something is added to the keys besides (`megascale.train.quiet`)."""
 
 ROWS = 256
 """Rows of a matrix drawn from one generator; a rank that holds some rows draws only the blocks it needs."""

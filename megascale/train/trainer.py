@@ -30,6 +30,7 @@ from megascale.train.batch_stream import StepBatch, step_batches
 from megascale.train.build import Parts
 from megascale.train.inherit import inherit
 from megascale.train.profiling import StepProfiler
+from megascale.train.quiet import quiet_prefixes
 from megascale.train.recovery import Recovery
 from megascale.train.schedule import lr_scale
 from megascale.train.start import InheritedTensors, Start, describe
@@ -96,6 +97,8 @@ class Trainer:
             self.engine.load(reader, new=self.parts.new, moments=not self.span.reset_optimizer)
             self.recovery.begin(progress.tokens)
             self.say(f"phase {self.span.number} begins behind {reader.path.name}; {len(self.parts.new)} tensors are new")
+            if self.parts.new and self.config.model.streams.prefix_start == "quiet":
+                quiet_prefixes(self.parts, progress.step + 1)
         else:
             self.engine.load(reader)
             self.say(f"resuming from {reader.path.name}")
