@@ -34,7 +34,7 @@ COMPUTED = {
         "sliding_window", "tie_embeddings", "init_std",
     ),
     "rotary": tuple(Rotary.model_fields),
-    "streams": ("count", "prefix_tokens", "smoothing", "prefix_start"),
+    "streams": ("count", "prefix_tokens", "smoothing", "prefix_start", "reparameterise"),  # networks are folded before
     "altup": ("blocks", "read", "select"),
     "experts": ("count", "per_token", "every", "offset", "width", "shared", "router", "gate", *_TRAINING_ONLY),
 }  # fmt: skip
