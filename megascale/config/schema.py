@@ -43,8 +43,8 @@ class Streams(Node):
     smoothing: float = field(0.1, "eps of the aggregator: weights are w(1-eps) + eps/P", ge=0, lt=1)
     prefix_start: Literal["normal", "quiet"] = field(
         "normal",
-        "normal: prefixes start as N(0, 0.02^2); quiet: their values, and the aggregator's last layer, as zeros, and where a phase adds "
-        "the streams their keys turned away from the queries of the trained model, so that it changes less",
+        "normal: prefixes start as N(0, 0.02^2); quiet: their values, and the aggregator's last layer, as zeros, and where streams are "
+        "added to a trained model (by a phase, or by start) their keys turned away from its queries, so that it changes less",
     )
     reparameterise: int | None = field(
         None,

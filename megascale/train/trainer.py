@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -97,8 +97,7 @@ class Trainer:
             self.engine.load(reader, new=self.parts.new, moments=not self.span.reset_optimizer)
             self.recovery.begin(progress.tokens)
             self.say(f"phase {self.span.number} begins behind {reader.path.name}; {len(self.parts.new)} tensors are new")
-            if self.parts.new and self.config.model.streams.prefix_start == "quiet":
-                quiet_prefixes(self.parts, progress.step + 1)
+            self._quieten(self.parts.new, progress.step + 1)
         else:
             self.engine.load(reader)
             self.say(f"resuming from {reader.path.name}")
@@ -113,10 +112,16 @@ class Trainer:
         tensors = InheritedTensors(start.tensors, heritage)
         load_buffers(self.stages.decoders, tensors, heritage.taken)
         self.engine.load(tensors, new=heritage.new, moments=False)
+        self._quieten(heritage.new, 1)
         self.recovery = Recovery(list(start.recent))
         self.recovery.begin(0)
         for line in describe(start, heritage, self.config.model):
             self.say(line)
+
+    def _quieten(self, new: Collection[str], step: int) -> None:
+        """Streams are new on a trained trunk: see `megascale.train.quiet`."""
+        if self.config.model.streams.prefix_start == "quiet" and any(".prefix_" in name for name in new):
+            quiet_prefixes(self.parts, step)
 
     def run(self, stop: StopRequest) -> str:
         """Train until the phase is done, or stopped; returns the reason for exit.json."""

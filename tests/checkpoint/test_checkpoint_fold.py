@@ -16,7 +16,8 @@ from megascale.checkpoint.save import save_checkpoint
 from megascale.checkpoint.weights import WEIGHTS, check_weights
 from megascale.cli import main
 from megascale.train.load_run import load_model, load_run
-from runs import tiny_config, train_tiny
+from megascale.train.stream_sets import open_set
+from runs import Run, tiny_config, train_tiny
 from tiny import packed_batch, tiny_decoder, tiny_model
 
 BATCH = packed_batch([[9, 5], [14]])
@@ -69,3 +70,15 @@ def test_a_run_is_evaluated_and_exported_with_folded_prefixes(tmp_path: Path, ti
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     # and the run itself goes on with its networks
     assert any(".prefix_network." in name for name in run.weights)
+
+
+def test_others_start_from_the_folded_run(tmp_path: Path, tiny_corpus: Path) -> None:
+    plain = "model.streams={count: 2, prefix_tokens: 4}"
+    run = train_tiny(tiny_config(tmp_path, tiny_corpus, plain, "model.streams.reparameterise=6"))
+    made = load_run(run.folder).decoder
+    other = Run(tiny_config(tmp_path, tiny_corpus, plain, "run.name=next", f"start.model={run.folder}"))
+    assert other.weights.keys() == {name for name, _ in made.named_parameters()}
+    assert all(torch.equal(weight, made.get_parameter(name)) for name, weight in other.weights.items())
+    taken = open_set(run.folder)
+    assert taken.streams.reparameterise is None
+    assert all(torch.equal(tensor, made.get_parameter(name)) for name, tensor in taken.tensors.items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,15 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layouts import saved
-from megascale.config.schema import Config
 from megascale.model.attention import Attention, pack
-from megascale.parallel.mesh import open_mesh
-from megascale.train.build import Parts, build, open_run_data
-from megascale.train.phases import train_phases
+from megascale.train.build import Parts
 from megascale.train.quiet import RIDGE, _keys, least_attended_key, quiet_prefixes
-from megascale.train.run_folder import open_run_folder
 from ranks import RankPool
-from runs import Collected, one_process, tiny_config
+from runs import Run, build_parts, tiny_config, train_phases_on_rank, train_tiny
 
 PHASES = "schedule={phases: [{steps: 3, streams: 1, shape: constant}, {steps: 3, shape: constant}]}"
 SETTINGS = (
@@ -46,11 +41,6 @@ def test_no_other_key_takes_less_from_gaussian_queries(seed: int, width: int) ->
     assert float((queries @ key / math.sqrt(width)).exp().mean()) < 1
 
 
-def built(config: Config) -> Parts:
-    config, data = open_run_data(config)
-    return build(config, data, open_mesh(config.parallel, config.model, one_process()), lambda _: None)
-
-
 def mean_factor(parts: Parts) -> list[float]:
     """Mean of exp(score) of each layer's prefix slots over the queries of a batch; 1 where scores are 0."""
     batch = parts.data.train.sequences(range(4))
@@ -73,7 +63,7 @@ def mean_factor(parts: Parts) -> list[float]:
 
 @pytest.mark.parametrize("network", [(), ("model.streams.reparameterise=6",)], ids=["prefixes", "network"])
 def test_prefixes_take_less_than_by_chance_and_still_differ(tmp_path: Path, tiny_corpus: Path, network: tuple[str, ...]) -> None:
-    parts = built(tiny_config(tmp_path, tiny_corpus, *SETTINGS[:2], *network))
+    parts = build_parts(tiny_config(tmp_path, tiny_corpus, *SETTINGS[:2], *network))
     with torch.no_grad():
         for name, parameter in parts.engine.parameters.items():
             if name.endswith("attention.q.bias"):  # as trained trunks have it: queries with a mean
@@ -93,30 +83,18 @@ def test_prefixes_take_less_than_by_chance_and_still_differ(tmp_path: Path, tiny
 
 def test_compiled_layers_are_observed(tmp_path: Path, tiny_corpus: Path) -> None:
     expected, found = (
-        _keys(built(tiny_config(tmp_path, tiny_corpus, *SETTINGS[:2], f"compile={on}")), 1) for on in ("off", "on")
+        _keys(build_parts(tiny_config(tmp_path, tiny_corpus, *SETTINGS[:2], f"compile={on}")), 1) for on in ("off", "on")
     )
     assert expected.keys() == found.keys() == {0, 1, 2, 3}
     for layer, key in expected.items():
         torch.testing.assert_close(found[layer], key, rtol=1e-3, atol=1e-4)
 
 
-def train_on_rank(rank: int, size: int, config_settings: dict[str, Any], stop_after: int = 0) -> list:
-    config, data = open_run_data(Config.model_validate(config_settings))
-    world = one_process(rank, size)
-    folder = Path(config.run.folder) / config.run.name
-    if rank == 0:
-        open_run_folder(config)
-    world.barrier()
-    seen = Collected(folder / "STOP", stop_after)
-    train_phases(config, data, open_mesh(config.parallel, config.model, world), folder, seen, 1, seen.stop, lambda _: None)
-    return seen.records
-
-
 def test_a_resume_at_the_border_changes_no_bit(tmp_path: Path, tiny_corpus: Path) -> None:
     whole, halves = (tiny_config(tmp_path, tiny_corpus, *SETTINGS, f"run.name={name}") for name in ("whole", "halves"))
-    train_on_rank(0, 1, whole.model_dump())
-    train_on_rank(0, 1, halves.model_dump(), 3)
-    train_on_rank(0, 1, halves.model_dump())
+    train_phases_on_rank(0, 1, whole.model_dump())
+    train_phases_on_rank(0, 1, halves.model_dump(), 3)
+    train_phases_on_rank(0, 1, halves.model_dump())
     one, two = (saved(tmp_path / "runs" / name / "checkpoints" / "step-00000006") for name in ("whole", "halves"))
     assert one.keys() == two.keys()
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
@@ -136,12 +114,26 @@ def test_a_resume_at_the_border_changes_no_bit(tmp_path: Path, tiny_corpus: Path
     ids=lambda x: str(x),
 )
 def test_it_is_the_start_of_one_process(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, world: int, parallel: str) -> None:
-    alone = train_on_rank(0, 1, tiny_config(tmp_path, tiny_corpus, *SETTINGS, "run.name=alone").model_dump())
+    alone = train_phases_on_rank(0, 1, tiny_config(tmp_path, tiny_corpus, *SETTINGS, "run.name=alone").model_dump())
     config = tiny_config(tmp_path, tiny_corpus, *SETTINGS, "parallel={" + parallel + "}")
-    found = ranks.run(train_on_rank, config.model_dump(), world_size=world)[0]
+    found = ranks.run(train_phases_on_rank, config.model_dump(), world_size=world)[0]
     for name in ("train/lm_loss", "train/grad_norm"):
         assert [r[name] for r in found] == pytest.approx([r[name] for r in alone], rel=1e-5)
     one, other = (saved(tmp_path / "runs" / name / "checkpoints" / "step-00000006", "model/") for name in ("alone", "tiny"))
     for name, weight in one.items():
         if name.endswith("prefix_k"):  # fitted, then trained for three steps
             torch.testing.assert_close(other[name], weight, rtol=1e-2, atol=2e-3)
+
+
+def test_streams_of_a_run_that_starts_from_another_start_quietly_too(tmp_path: Path, tiny_corpus: Path) -> None:
+    shape = SETTINGS[0]
+    trunk = train_tiny(tiny_config(tmp_path, tiny_corpus, shape, "run.name=trunk"))
+    keys = []
+    for start in ("normal", "quiet"):
+        streams = f"model.streams={{count: 2, prefix_tokens: 4, prefix_start: {start}}}"
+        run = Run(tiny_config(tmp_path, tiny_corpus, shape, streams, f"run.name={start}", f"start.model={trunk.folder}"))
+        keys.append(run.weights["layers.0.attention.prefix_k"])
+        assert torch.equal(run.weights["layers.0.attention.q.weight"], trunk.weights["layers.0.attention.q.weight"])
+    # one key was added to every slot of every stream
+    torch.testing.assert_close((keys[1] - keys[0]).var((0, 2)), torch.zeros(2, 8), rtol=0, atol=1e-10)
+    assert (keys[1] - keys[0]).abs().max() > 0.01
