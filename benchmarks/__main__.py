@@ -1,10 +1,10 @@
-"""`python -m benchmarks {step,axes} [options]`."""
+"""`python -m benchmarks {step,axes,streams_memory} [options]`."""
 
 import sys
 
-from benchmarks import axes, step
+from benchmarks import axes, step, streams_memory
 
-TABLES = {"step": step.main, "axes": axes.main}
+TABLES = {"step": step.main, "axes": axes.main, "streams_memory": streams_memory.main}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in TABLES:

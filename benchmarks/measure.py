@@ -56,6 +56,15 @@ def peak_memory_mib(function: Callable[..., None], *arguments: object) -> float:
     return peak
 
 
+def print_table(rows: list[dict[str, object]]) -> None:
+    """The rows as aligned text."""
+    cells = [list(rows[0])] + [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    for row in cells:
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)))
+    print()
+
+
 def write_result(name: str, command: str, table: object) -> Path:
     """Store a table with what it was measured on."""
     cpu = next(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import interleaved, peak_memory_mib, write_result
+from benchmarks.measure import interleaved, peak_memory_mib, print_table, write_result
 from megascale.config.resolve import resolve
 from megascale.config.schema import AltUp, Config, Experts, Model, Streams
 from megascale.model.accounting import flops_per_token
@@ -132,15 +132,6 @@ def cost_of_axes(model: Model, batch: int, length: int, precision: str, rounds: 
             }
         )
     return rows
-
-
-def print_table(rows: list[dict[str, object]]) -> None:
-    """The rows as aligned text."""
-    cells = [list(rows[0])] + [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    for row in cells:
-        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)))
-    print()
 
 
 def main(arguments: list[str]) -> None:

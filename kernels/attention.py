@@ -7,7 +7,8 @@ The backward of each part is the stock kernel's, called with the merged (out, ls
 are concatenated, no mask is padded and prefixes need no copy per document.
 
 Shapes: T tokens (all documents one after the other), P streams, H query heads, G key/value heads, n prefix slots, D head width.
-Streams are folded into heads: head p*H + h belongs to stream p.
+Streams are folded into heads: head p*H + h belongs to stream p. Where the streams do not differ yet (the first layer of ParScale), q, k
+and v may come once, [T, H, D] and [T, G, D], with P prefixes: the causal part runs once, its backward once for each stream's (out, lse).
 """
 
 from __future__ import annotations
@@ -181,12 +182,18 @@ def merge_by_lse(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> Pair
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, borders: Tensor, longest: int, window: int
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _packed_forward(q.contiguous(), k.contiguous(), v.contiguous(), borders, longest, window)
+    q = q.contiguous()
+    out, lse = _packed_forward(q, k.contiguous(), v.contiguous(), borders, longest, window)
     if prefix_k is None or prefix_v is None:
         return out, lse
-    streams, prefix_k, prefix_v = prefix_k.shape[0], prefix_k.contiguous(), prefix_v.contiguous()
-    prefix_out, prefix_lse = flash_forward(_streams_first(q.contiguous(), streams), prefix_k, prefix_v, False)
-    merged, merged_lse = merge_by_lse(_streams_first(out, streams), _streams_first(lse, streams), prefix_out, prefix_lse)
+    streams, here = prefix_k.shape[0], k.shape[1] // prefix_k.shape[1]
+    prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
+    by_stream = _streams_first(q, here).expand(streams, -1, -1, -1)
+    merged, merged_lse = merge_by_lse(
+        _streams_first(out, here), _streams_first(lse, here), *flash_forward(by_stream, prefix_k, prefix_v, False)
+    )
+    if here < streams:
+        out, lse = (x.new_empty(x.shape[0], streams * x.shape[1], *x.shape[2:]) for x in (out, lse))
     _streams_first(out, streams).copy_(merged)
     _streams_first(lse, streams).copy_(merged_lse)
     return out, lse
@@ -194,8 +201,24 @@ def _attention(
 
 @_attention.register_fake
 def _(q, k, v, prefix_k, prefix_v, borders, longest, window):
+    heads = q.shape[1] if prefix_k is None else q.shape[1] * prefix_k.shape[0] * prefix_k.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2], dtype=wide)
+    return q.new_empty(q.shape[0], heads, q.shape[2]), q.new_empty(q.shape[0], heads, dtype=wide)
+
+
+def _causal_backward(grad, q, k, v, out, lse, borders: Tensor, longest: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`_packed_backward`; for q, k, v that all streams share it runs stream by stream, and the gradients are summed in fp32."""
+    streams = grad.shape[1] // q.shape[1]
+    if streams == 1:
+        return _packed_backward(grad, q, k, v, out, lse, borders, longest, window)
+    sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)]
+    for one in zip(*(x.chunk(streams, 1) for x in (grad, out, lse)), strict=True):
+        one_grad, one_out, one_lse = (x.contiguous() for x in one)
+        for whole, part in zip(
+            sums, _packed_backward(one_grad, q, k, v, one_out, one_lse, borders, longest, window), strict=True
+        ):
+            whole += part
+    return sums[0], sums[1], sums[2]
 
 
 @torch.library.custom_op("megascale::attention_backward", mutates_args=())
@@ -204,13 +227,18 @@ def _attention_backward(
     out: Tensor, lse: Tensor, borders: Tensor, longest: int, window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grad, q, k, v = (x.contiguous() for x in (grad, q, k, v))
-    grad_q, grad_k, grad_v = _packed_backward(grad, q, k, v, out, lse, borders, longest, window)
+    grad_q, grad_k, grad_v = _causal_backward(grad, q, k, v, out, lse, borders, longest, window)
     if prefix_k is None or prefix_v is None:
         return grad_q, grad_k, grad_v, q.new_empty(0), q.new_empty(0)
-    streams, prefix_k, prefix_v = prefix_k.shape[0], prefix_k.contiguous(), prefix_v.contiguous()
-    views = [_streams_first(x, streams) for x in (grad, q, out, lse)]
-    more_q, grad_prefix_k, grad_prefix_v = _flash_backward(views[0], views[1], prefix_k, prefix_v, views[2], views[3], False)
-    _streams_first(grad_q, streams).add_(more_q)
+    streams, here = prefix_k.shape[0], k.shape[1] // prefix_k.shape[1]
+    prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
+    views = [_streams_first(x, streams) for x in (grad, out, lse)]
+    by_stream = _streams_first(q, here).expand(streams, -1, -1, -1)
+    more_q, grad_prefix_k, grad_prefix_v = _flash_backward(views[0], by_stream, prefix_k, prefix_v, views[1], views[2], False)
+    if here < streams:
+        more_q = more_q.sum(0, keepdim=True, dtype=grad_q.dtype)
+    _streams_first(grad_q, here).add_(more_q)
+    grad_q, grad_k, grad_v = (x.to(q.dtype) for x in (grad_q, grad_k, grad_v))
     return grad_q, grad_k, grad_v, grad_prefix_k.contiguous(), grad_prefix_v.contiguous()
 
 
@@ -245,7 +273,8 @@ def attention(
     """Causal attention inside each document, every token also seeing its stream's prefix.
 
     Args:
-        q: [T, P*H, D]; k, v: [T, P*G, D], same dtype. Scale is D^-0.5.
+        q: [T, P*H, D]; k, v: [T, P*G, D], same dtype; with prefixes also [T, H, D] and [T, G, D], the same for all P streams. Scale is
+            D^-0.5.
         borders: int32 [documents + 1], first token of each document and T at the end, on q's device.
         longest: no document is longer, tokens.
         window: a token sees itself and the window - 1 tokens before it; none = all. Prefixes stay visible.
@@ -266,9 +295,10 @@ def attention_reference(
     document = torch.bucketize(tokens, borders[1:-1].to(tokens.dtype), right=True)
     distance = tokens[:, None] - tokens
     mask = (document[:, None] == document) & (distance >= 0) & (distance < (window or q.shape[0]))
-    keys, values = _streams_first(k, streams), _streams_first(v, streams)
+    here = 1 if prefix_k is None else k.shape[1] // prefix_k.shape[1]
+    queries, keys, values = (_streams_first(x, here).expand(streams, -1, -1, -1) for x in (q, k, v))
     if prefix_k is not None and prefix_v is not None:
         keys, values = torch.cat([prefix_k, keys], 2), torch.cat([prefix_v, values], 2)
         mask = torch.cat([mask.new_ones(q.shape[0], prefix_k.shape[2]), mask], 1)
-    out, _ = _math_forward(_streams_first(q, streams), keys, values, mask)
-    return out.movedim(2, 0).reshape(q.shape)
+    out, _ = _math_forward(queries, keys, values, mask)
+    return out.movedim(2, 0).reshape(q.shape[0], -1, q.shape[2])

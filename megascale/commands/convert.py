@@ -63,6 +63,7 @@ def _import(arguments: argparse.Namespace) -> dict[str, Any]:
 def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
+    from megascale.checkpoint.fold import folded
     from megascale.checkpoint.hugging_face.export_folder import Export, export_checkpoint
     from megascale.checkpoint.weights import WEIGHTS
     from megascale.config.phases import span_at
@@ -75,7 +76,8 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     config = read_run_config(arguments.source)
     dtypes = dict(zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16), strict=True))
     with open_checkpoint(arguments.source, arguments.step) as reader:
-        model = span_at(config, reader.step).config.model  # an early phase has fewer streams
+        # an early phase has fewer streams
+        whole, model = folded(reader, span_at(config, reader.step).config.model)
         vocabulary = reader.shape(f"{WEIGHTS}embedding.weight")[0]
         export = Export(
             run_folder=arguments.source,
@@ -85,7 +87,7 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
             dtype=dtypes.get(arguments.dtype),
             largest=int(gigabytes * 1e9),
         )
-        return export_checkpoint(reader, export, arguments.target)
+        return export_checkpoint(whole, export, arguments.target)
 
 
 def _neutral(config: Config) -> dict[str, Any]:

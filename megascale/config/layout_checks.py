@@ -38,6 +38,9 @@ def contradictions(config: Config) -> Iterator[Problem]:
     if parallel.pp > 1 and parallel.schedule == "interleaved" and parallel.virtual_stages == 1:
         reason = "interleaved needs at least 2 stages a rank; set parallel.virtual_stages=2, or parallel.schedule=1f1b"
         yield Problem(("parallel", "virtual_stages"), reason, (("parallel", "schedule"),))
+    if parallel.recompute == "stream" and config.model.streams.count == 1:
+        reason = "stream keeps one stream's activations at a time, and there is one stream; set parallel.recompute=layer"
+        yield Problem(("parallel", "recompute"), reason, (("model", "streams", "count"),))
     if parallel.zero_stage == 3 and config.compile == "on":
         reason = "3 gathers weights inside the layers, which torch.compile would trace; set compile=auto"
         yield Problem(("parallel", "zero_stage"), reason, (("compile",),))

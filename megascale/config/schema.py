@@ -41,6 +41,17 @@ class Streams(Node):
     count: int = field(1, "P, number of parallel streams; 1 = plain model", ge=1, le=64)
     prefix_tokens: int = field(48, "n, learned key/value slots per layer and stream", ge=1)
     smoothing: float = field(0.1, "eps of the aggregator: weights are w(1-eps) + eps/P", ge=0, lt=1)
+    prefix_start: Literal["normal", "quiet"] = field(
+        "normal",
+        "normal: prefixes start as N(0, 0.02^2); quiet: their values, and the aggregator's last layer, as zeros, and where streams are "
+        "added to a trained model (by a phase, or by start) their keys turned away from its queries, so that it changes less",
+    )
+    reparameterise: int | None = field(
+        None,
+        "in training each layer's prefixes are the output of a small network of this hidden width (prefix tuning); none = they are trained "
+        "themselves",
+        gt=0,
+    )
 
 
 class Experts(Node):
@@ -229,8 +240,11 @@ class Parallel(Node):
         "1f1b", "order of a pipeline's micro-batches: 1f1b, or interleaved (several stages a rank, a smaller bubble)"
     )
     virtual_stages: int = field(1, "interleaved: pipeline stages per rank", gt=0)
-    recompute: Literal["none", "layer"] = field(
-        "none", "layer: keep only each layer's input and compute the layer again in the backward pass (a third more FLOPs)"
+    recompute: Literal["none", "layer", "stream"] = field(
+        "none",
+        "layer: keep only each layer's input and compute the layer again in the backward pass; stream: run the streams one after the "
+        "other, keep only their last states and run each again in its backward pass, so that one stream's activations exist at a time "
+        "(either: a third more FLOPs)",
     )
     zero_stage: Literal[0, 1, 2, 3] | None = field(
         None,

@@ -64,13 +64,24 @@ def parameters(model: Model) -> Parameters:
         feed_forward=dense * 3 * d * model.ffn_width + routed * (experts.count + experts.shared) * expert,
         routers=routed * router,
         norms=(2 * model.layers + 1) * d,
-        prefixes=2 * model.layers * streams.count * kv * streams.prefix_tokens * head_dim * several,
+        prefixes=model.layers * _prefixes(model) * several,
         aggregator=((streams.count * d + 1) * d + (d + 1) * streams.count) * several,
         altup=model.layers * (blocks * blocks + blocks) * (blocks > 1),
         matmul_per_token=model.layers * projections
         + dense * 3 * d * model.ffn_width
         + routed * ((experts.per_token + experts.shared) * expert + router),
     )
+
+
+def _prefixes(model: Model) -> int:
+    """Parameters of one layer's prefixes, or of the network that makes them."""
+    assert model.kv_heads and model.head_dim
+    rows, kv_width, hidden = (
+        model.streams.count * model.streams.prefix_tokens,
+        model.kv_heads * model.head_dim,
+        model.streams.reparameterise,
+    )
+    return 2 * rows * kv_width if hidden is None else (rows + hidden + 1) * hidden + 2 * (hidden + 1) * kv_width
 
 
 def active_parameters(model: Model) -> int:
@@ -95,6 +106,30 @@ def flops_per_token(model: Model, visible_keys: float, frozen_trunk: bool = Fals
     aggregator = 6 * (streams * model.width**2 + model.width * streams) * several
     each = 4 if frozen_trunk else 6
     return layer_flops_per_token(model, visible_keys, frozen_trunk) + aggregator + each * model.width * model.vocab_size
+
+
+def hardware_flops_per_token(model: Model, visible_keys: float, recompute: str, frozen_trunk: bool = False) -> float:
+    """`flops_per_token` of what is really computed: layers once more where they are recomputed, and once what the streams share.
+
+    `flops_per_token` counts every stream's layers in full, as the paper does. But the streams part in the first layer's attention: its
+    projections run once, and so do its scores and values between tokens in the forward pass (their backward pass runs for each stream).
+    With `recompute: stream` each stream runs by itself, and nothing is shared.
+
+    Args:
+        visible_keys, frozen_trunk: as in `flops_per_token`.
+        recompute: `parallel.recompute`.
+    """
+    assert model.kv_heads and model.head_dim
+    streams = model.streams.count
+    flops = flops_per_token(model, visible_keys, frozen_trunk)
+    if recompute == "stream" and streams > 1:
+        return flops + layer_flops_per_token(model, visible_keys) / 3
+    projections = 2 * model.width * model.head_dim * (model.heads + 2 * model.kv_heads)
+    attention = 4 * model.heads * model.head_dim * visible_keys
+    flops -= (streams - 1) * ((2 if frozen_trunk else 3) * projections + attention)
+    if recompute == "layer":
+        flops += layer_flops_per_token(model, visible_keys) / 3 - (streams - 1) * (projections + attention)
+    return flops
 
 
 def layer_flops_per_token(model: Model, visible_keys: float, frozen_trunk: bool = False) -> float:

@@ -11,6 +11,7 @@ from megascale.config.schema import Model
 from megascale.kernels.attention import attention, flash_forward, merge_by_lse
 from megascale.model.exchange import Exchange, Split, identity
 from megascale.model.layers import RMSNorm, rotary_table, rotate
+from megascale.model.streams import PrefixNetwork
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,19 @@ def document_borders(documents: Tensor) -> Tensor:
 
 
 class KeyValueCache:
-    """Keys and values of the tokens so far, one pair of [B, N, P*G, D] buffers a layer. Prefixes are not stored: they are parameters."""
+    """Keys and values of the tokens so far, one pair of [B, N, P*G, D] buffers a layer; [B, N, G, D] in the first one, where all
+    streams share them. Prefixes are not stored: they are parameters.
+    """
 
     def __init__(self, model: Model, batch: int, tokens: int, like: Tensor):
         assert model.kv_heads is not None and model.head_dim is not None
-        shape = (batch, tokens, model.streams.count * model.kv_heads, model.head_dim)
-        self.pairs = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(model.layers)]
+        heads = [model.kv_heads, *[model.streams.count * model.kv_heads] * (model.layers - 1)]
+        shapes = [(batch, tokens, count, model.head_dim) for count in heads]
+        self.pairs = [(like.new_zeros(shape), like.new_zeros(shape)) for shape in shapes]
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [B, m, P*G, D] behind the tokens so far and return all of them; `length` moves once all layers have stored."""
+        """Store [B, m, P*G, D] (see above) behind the tokens so far and return all of them; `length` moves once all layers have stored."""
         stop = self.length + k.shape[1]
         for buffer, new in zip(self.pairs[layer], (k, v), strict=True):
             buffer[:, self.length : stop] = new
@@ -63,6 +67,7 @@ class Attention(nn.Module):
     """Causal attention [T, P, d] -> [T, P, d]: q/k/v projections, optional q/k norm, rotary, prefixes, output projection.
 
     With P > 1 each stream has n learned keys and values per layer, used without rotary and after any k-norm (arXiv 2505.10475, section 3).
+    Streams that do not differ yet come as one, [T, 1, d] -> [T, P, d]: what their prefixes do not change is computed once.
     """
 
     def __init__(self, model: Model):
@@ -76,14 +81,17 @@ class Attention(nn.Module):
         self.o = nn.Linear(heads * self.head_dim, model.width, bias=False)
         self.q_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
-        self.prefix_k = self.prefix_v = None
-        if self.streams > 1:
+        self.prefix_k = self.prefix_v = self.prefix_network = None
+        if self.streams > 1 and model.streams.reparameterise is not None:
+            self.prefix_network = PrefixNetwork(model)
+        elif self.streams > 1:
             shape = (self.streams, kv_heads, model.streams.prefix_tokens, self.head_dim)
             self.prefix_k, self.prefix_v = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
         by_head, by_kv_head = Split(0, "tp", heads), Split(0, "tp", kv_heads)
         self.splits = {"q.weight": by_head, "q.bias": by_head, "o.weight": Split(1, "tp", heads)}
         self.splits |= {f"{name}.{kind}": by_kv_head for name in "kv" for kind in ("weight", "bias")}
-        self.splits |= {f"prefix_{name}": Split(1, "tp", kv_heads) for name in "kv"}
+        if self.prefix_k is not None:
+            self.splits |= {f"prefix_{name}": Split(1, "tp", kv_heads) for name in "kv"}
         self.gather_tokens: Exchange = identity
         self.scatter_tokens: Exchange = identity
 
@@ -94,14 +102,27 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+    def prefixes(self, stream: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values [P, G, n, D] of all streams, or [1, G, n, D] of the one with this number [1]; none with P = 1."""
+        if self.prefix_network is not None:
+            return self.prefix_network(stream)
+        if self.prefix_k is None or self.prefix_v is None:
+            return None, None
+        if stream is None:
+            return self.prefix_k, self.prefix_v
+        return self.prefix_k.index_select(0, stream), self.prefix_v.index_select(0, stream)
+
+    def forward(self, x: Tensor, packing: Packing, stream: Tensor | None = None) -> Tensor:
+        """`stream` is the number [1] of the only stream in x [T, 1, d]; none: x has all of them."""
         x = self.gather_tokens(x)
         q, k, v = self.project(x, packing.cos, packing.sin)
-        out = attention(q, k, v, packing.borders, packing.longest, self.window, self.prefix_k, self.prefix_v)
-        return self.scatter_tokens(self.o(out.view(*x.shape[:2], -1)))
+        prefix_k, prefix_v = self.prefixes(stream)
+        out = attention(q, k, v, packing.borders, packing.longest, self.window, prefix_k, prefix_v)
+        streams = 1 if prefix_k is None else prefix_k.shape[0]
+        return self.scatter_tokens(self.o(out.view(x.shape[0], streams, -1)))
 
     def decode(self, x: Tensor, packing: Packing, cache: KeyValueCache, layer: int) -> Tensor:
-        """`forward` for the next m tokens of B texts, x [B*m, P, d], on top of the cached ones: m tokens at the start, one afterwards."""
+        """`forward` for the next m tokens of B texts, x [B*m, P or 1, d], on top of the cached ones: m tokens at first, then one."""
         batch = cache.pairs[0][0].shape[0]
         q, k, v = (y.view(batch, -1, *y.shape[1:]) for y in self.project(x, packing.cos, packing.sin))
         assert cache.length == 0 or q.shape[1] == 1, "prefill at once, then one token at a time"
@@ -110,12 +131,14 @@ class Attention(nn.Module):
         if self.window and not prefill:
             k, v = k[:, -self.window :], v[:, -self.window :]
         out, lse = flash_forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), prefill, self.window or 0)
-        if self.prefix_k is not None and self.prefix_v is not None:
+        prefix_k, prefix_v = self.prefixes()
+        if prefix_k is not None and prefix_v is not None:
             # streams become the batch of the prefix part: [P, H, B*m, D] against [P, G, n, D]
             def streams_first(y: Tensor) -> Tensor:
-                return y.unflatten(1, (self.streams, -1)).movedim(0, 2).flatten(2, 3)
+                return y.unflatten(1, (x.shape[1], -1)).movedim(0, 2).flatten(2, 3)
 
-            prefix_out, prefix_lse = flash_forward(streams_first(q.transpose(1, 2)), self.prefix_k, self.prefix_v, False)
+            queries = streams_first(q.transpose(1, 2)).expand(self.streams, -1, -1, -1)
+            prefix_out, prefix_lse = flash_forward(queries, prefix_k, prefix_v, False)
             merged, _ = merge_by_lse(streams_first(out), streams_first(lse), prefix_out, prefix_lse)
-            return self.o(merged.permute(2, 0, 1, 3).reshape(*x.shape[:2], -1))
+            return self.o(merged.permute(2, 0, 1, 3).reshape(x.shape[0], self.streams, -1))
         return self.o(out.transpose(1, 2).reshape(*x.shape[:2], -1))

@@ -24,7 +24,7 @@ from megascale.model.origin import Draw, Origin, origin_of
 from megascale.model.reinforce import join_policies, reinforce
 from megascale.model.residual import AltUpResidual, SingleResidual, contract, expand
 from megascale.model.routing import Experts
-from megascale.model.streams import Aggregator
+from megascale.model.streams import Aggregator, similarity
 from megascale.model.vocabulary import Embedding, Head
 
 FP32_PARAMETERS = ("*norm.weight", "*.router.*", "*.residual.*")
@@ -61,7 +61,7 @@ class Layer(nn.Module):
     def forward(self, state: Tensor, packing: Packing, origin: Origin) -> tuple[Tensor, dict[str, Tensor]]:
         """The next state, and the router's report (empty for a dense layer)."""
         block, kept = self.residual.read(state)
-        return self._finish(block, kept, self.attention(self.attention_norm(block), packing), origin)
+        return self._finish(block, kept, self.attention(self.attention_norm(block), packing, origin.stream), origin)
 
     def decode(self, state: Tensor, packing: Packing, origin: Origin, cache: KeyValueCache, layer: int) -> Tensor:
         """`forward` for the next tokens of cached texts."""
@@ -80,6 +80,12 @@ class Layer(nn.Module):
 
 def _run_layer(layer: Layer, state: Tensor, packing: Packing, origin: Origin) -> tuple[Tensor, dict[str, Tensor]]:
     return layer(state, packing, origin)
+
+
+def _run_streams(
+    decoder: Decoder, state: Tensor, packing: Packing, origin: Origin, watch: Callable[[str, Tensor], None] | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    return decoder.run(state, packing, origin, watch)
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,8 @@ class Losses:
     """moe/layer_NN/load -> [P, E], choices of the tokens here; other names -> [2], a sum and its weight"""
     stream_weights: Tensor | None
     """[T of this rank, P] of the aggregator"""
+    stream_similarity: Tensor | None
+    """[T of this rank], mean cosine between the streams' final states; in training alone"""
 
 
 class Decoder(nn.Module):
@@ -116,6 +124,7 @@ class Decoder(nn.Module):
         assert model.vocab_size is not None
         self.config = model
         self.run_layer: Callable[[Any, Tensor, Packing, Origin], tuple[Tensor, dict[str, Tensor]]] = _run_layer
+        self.run_streams = _run_streams
         self.share_tokens: Exchange = identity
         self.embedding = Embedding(model.vocab_size, model.width)
         self.layers = nn.ModuleDict({str(i): Layer(model, i) for i in range(model.layers)})
@@ -127,9 +136,9 @@ class Decoder(nn.Module):
             self.head.weight = self.embedding.weight
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The state [T, P, K, d] before the first layer, of tokens [B, S]."""
+        """The state [T, 1, K, d] before the first layer, of tokens [B, S]: the streams do not differ yet."""
         assert self.embedding is not None, "the first stage has the embedding"
-        return expand(self.embedding(tokens.flatten()), self.config.streams.count, self.config.altup.blocks)
+        return expand(self.embedding(tokens.flatten()), 1, self.config.altup.blocks)
 
     def run(
         self, state: Tensor, packing: Packing, origin: Origin, watch: Callable[[str, Tensor], None] | None = None
@@ -152,8 +161,15 @@ class Decoder(nn.Module):
 
     def join(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
         """The last hidden states [T, d] of the state, and the aggregator's weights [T, P] (none for P = 1)."""
+        return self.aggregate(self.last_states(state))
+
+    def last_states(self, state: Tensor) -> Tensor:
+        """The streams' final states [T, P, d], behind the norm."""
         assert self.norm is not None, "the last stage has the norm"
-        x = self.norm(contract(state))
+        return self.norm(contract(state))
+
+    def aggregate(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `join`; of the streams' final states [T, P, d]."""
         return (x.squeeze(1), None) if self.aggregator is None else self.aggregator(x)
 
     def hidden(
@@ -190,21 +206,23 @@ class Decoder(nn.Module):
         """
         state = self.embed(tokens) if state is None else state
         packing, origin = pack(positions, documents, self.config), origin_of(tokens, draw, self.share_tokens)
-        state, reports = self.run(state, packing, origin, watch)
+        state, reports = self.run_streams(self, state, packing, origin, watch)
         auxiliary = {key: reports.pop(key) for key in AUXILIARY if key in reports}
         routed = [layer for layer in range(self.config.layers) if is_routed(layer, self.config)]
         found = {layer: reports.pop(name) for layer in routed if (name := f"{layer_metrics(layer)}/policy") in reports}
         policies = join_policies(policies, found, routed)
         if self.head is None:
-            return state, Losses(None, auxiliary, {}, policies, None, reports, None)
-        x, weights = self.join(state)
+            return state, Losses(None, auxiliary, {}, policies, None, reports, None, None)
+        states = self.last_states(state)
+        similar = similarity(states) if self.training and self.aggregator is not None else None
+        x, weights = self.aggregate(states)
         lm, token_losses = self.head.loss(x, labels.flatten(), scale)
         rewarded: dict[str, Tensor] = {}
         if policies is not None:
             reward, labelled = -self.share_tokens(token_losses), self.share_tokens(labels.flatten()) != IGNORED
             rewarded, noise = reinforce(policies, reward, labelled, scale)
             reports |= {f"{layer_metrics(layer)}/policy_noise": row for layer, row in zip(routed, noise, strict=True)}
-        return state, Losses(lm, auxiliary, rewarded, None, token_losses, reports, weights)
+        return state, Losses(lm, auxiliary, rewarded, None, token_losses, reports, weights, similar)
 
     def losses(
         self, tokens: Tensor, positions: Tensor, documents: Tensor, labels: Tensor, scale: Tensor, draw: Draw = NO_DRAW

@@ -13,6 +13,13 @@ from megascale.model.routers import Router
 
 Shape = tuple[int, ...]
 
+PREFIX_STD = 0.02
+"""Of prefix keys and values: initializer_range of the published models, whose own training code is not known (arXiv 2505.10475)."""
+QUIET = (".prefix_v", ".prefix_network.value.weight", "aggregator.mix.weight")
+"""What starts as zeros with `prefix_start: quiet`: values, which then add nothing, and the aggregator's last layer, whose result then is
+the plain mean of the streams. Keys stay random: they make the streams differ, and all of these have gradients within two steps. On a
+trained trunk something is added to the keys besides (`megascale.train.quiet`)."""
+
 ROWS = 256
 """Rows of a matrix drawn from one generator; a rank that holds some rows draws only the blocks it needs."""
 
@@ -41,17 +48,30 @@ def normal_rectangle(seed: int, name: str, shape: Shape, std: float, offsets: Sh
 
 
 def initial_std(name: str, model: Model) -> float | None:
-    """Standard deviation of a parameter's initial weights; none for the constants set by its module (norms 1, biases and AltUp 0).
+    """Standard deviation of a parameter's initial weights; none for constants (norms 1, biases and AltUp 0).
 
     Projections back into the residual are divided by sqrt(2 L), so that its variance does not grow with depth (GPT-2).
     """
     if name.endswith(("norm.weight", "bias")) or ".residual." in name:
         return None
+    if model.streams.prefix_start == "quiet" and name.endswith(QUIET):
+        return None
     if name.endswith((".o.weight", ".down.weight", ".down")):
         return model.init_std / math.sqrt(2 * model.layers)
+    if ".prefix_network." in name:
+        return _network_std(name, model)
     if ".prefix_" in name:
-        return 0.02
+        return PREFIX_STD
     return model.init_std
+
+
+def _network_std(name: str, model: Model) -> float:
+    """Such that the prefixes start with PREFIX_STD: the input of tanh is N(0, 1), whose tanh has the variance 0.394."""
+    hidden = model.streams.reparameterise
+    assert hidden is not None
+    if name.endswith(".embedding"):
+        return 1.0
+    return 1 / math.sqrt(hidden) if name.endswith(".hidden.weight") else PREFIX_STD / math.sqrt(0.394 * hidden)
 
 
 @torch.no_grad()

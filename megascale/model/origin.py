@@ -33,29 +33,41 @@ class Origin:
     """int64 [T, 3]: step, sample and position in the sequence"""
     key: Tensor
     """int64 [2]: seed and layer"""
+    stream: Tensor | None = None
+    """int64 [1]: the number of the one stream here, whose tokens go through the layers by themselves; none: all P are here"""
 
     def at(self, layer: int) -> Origin:
         """For the choices of one layer."""
         return replace(self, key=torch.stack([self.key[0], torch.full_like(self.key[1], layer)]))
 
+    def of_stream(self, number: int) -> Origin:
+        """For a pass with this stream alone."""
+        return replace(self, stream=self.key.new_full((1,), number))
+
     def draws(self, streams: int, number: int) -> Tensor:
-        """Uniform numbers in [0, 1), fp64 [T, P, number], keyed by (seed, step, layer, sample, position, stream, which of them)."""
-        return _draws(self.counter, self.key, streams, number)
+        """Uniform numbers in [0, 1), fp64 [T, P, number], keyed by (seed, step, layer, sample, position, stream, which of them).
+
+        Args:
+            streams: P, all of them or one.
+            number: of draws for each token and stream.
+        """
+        stream = torch.arange(streams, device=self.counter.device) if self.stream is None else self.stream
+        assert stream.shape == (streams,)
+        return _draws(self.counter, self.key, stream, number)
 
 
 # one op for torch.compile: unrolled, its rounds would take the compiler minutes
 @torch.library.custom_op("megascale::draws", mutates_args=())
-def _draws(counter: Tensor, key: Tensor, streams: int, number: int) -> Tensor:
+def _draws(counter: Tensor, key: Tensor, stream: Tensor, number: int) -> Tensor:
     step, sample, position = (x[:, None, None] for x in counter.unbind(1))
-    stream = torch.arange(streams, device=counter.device)[:, None]
     block = torch.arange(-(-number // 4), device=counter.device)
-    words = philox((sample, position, step, block * MOST_STREAMS + stream), (key[0], key[1]))
+    words = philox((sample, position, step, block * MOST_STREAMS + stream[:, None]), (key[0], key[1]))
     return uniform(torch.stack(torch.broadcast_tensors(*words), -1)).flatten(2)[..., :number].contiguous()
 
 
 @_draws.register_fake
-def _(counter: Tensor, key: Tensor, streams: int, number: int) -> Tensor:
-    return counter.new_empty(counter.shape[0], streams, number, dtype=torch.float64)
+def _(counter: Tensor, key: Tensor, stream: Tensor, number: int) -> Tensor:
+    return counter.new_empty(counter.shape[0], stream.shape[0], number, dtype=torch.float64)
 
 
 def origin_of(tokens: Tensor, draw: Draw, share_tokens: Exchange) -> Origin:

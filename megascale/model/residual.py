@@ -1,4 +1,5 @@
-"""The residual of one block, and of K blocks (AltUp). T tokens, P streams, K blocks, d width; the state is [T, P, K, d].
+"""The residual of one block, and of K blocks (AltUp). T tokens, P streams, K blocks, d width; the state is [T, P, K, d], before the first
+layer [T, 1, K, d]: what a layer adds may have more streams than what it read.
 
 Every residual answers expand(embedding), read(state, layer), write(state, layer, ...) and contract(state).
 """

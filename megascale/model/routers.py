@@ -23,8 +23,18 @@ Routed = tuple[Tensor, Tensor, dict[str, Tensor]]
 """gates [N, k] (fp32), experts [N, k] (int64, distinct in a row), and the report: what losses and metrics need"""
 
 
+def streams_of(rows: Tensor, origin: Origin) -> int:
+    """P, how many streams the rows [N, ...] of the tokens of `origin` are of."""
+    return rows.shape[0] // origin.ids.shape[0]
+
+
+def by_stream(rows: Tensor, origin: Origin) -> Tensor:
+    """[N, ...] -> [T, P, ...]."""
+    return rows.unflatten(0, (-1, streams_of(rows, origin)))
+
+
 class Router(nn.Module, ABC):
-    """What all routers share. Their report, in training:
+    """What all routers share. P counts the streams that are here: all of the model's, or one at a time. Their report, in training:
 
     balance, router_z, entropy  losses (see `loss_weights`): this rank's part, the sum over ranks is the loss
     load [P, E]                 choices of the tokens here
@@ -46,14 +56,10 @@ class Router(nn.Module, ABC):
     def forward(self, x: Tensor, origin: Origin) -> Routed:
         """Route rows x [N, d] of the tokens that `origin` tells about."""
 
-    def counts(self, experts: Tensor) -> Tensor:
+    def counts(self, experts: Tensor, origin: Origin) -> Tensor:
         """How many of the rows here chose each expert: [P, E], fp32, of experts [N, k]."""
         chosen = torch.zeros(experts.shape[0], self.experts, device=experts.device).scatter_(-1, experts, 1.0)
-        return self.by_stream(chosen).sum(0)
-
-    def by_stream(self, rows: Tensor) -> Tensor:
-        """[N, ...] -> [T, P, ...]."""
-        return rows.unflatten(0, (-1, self.streams))
+        return by_stream(chosen, origin).sum(0)
 
     def even_gates(self, experts: Tensor) -> Tensor:
         """Gates that do not depend on the router: 1/k."""
@@ -79,11 +85,11 @@ class LinearRouter(Router):
         """E sum_e f_e p_e, f the share of the choices and p the mean score over the population, averaged over streams (Switch,
         arXiv 2101.03961, Eq. 4-6); and the population's number of tokens. scores [N, E] sum to 1 in a row; load [P, E].
         """
-        tokens = load.new_full((1, self.experts), scores.shape[0] / self.streams)
+        tokens = load.new_full((1, self.experts), scores.shape[0] / load.shape[0])
         summed = self.population_sum(torch.cat([load, tokens]).detach())
         population = summed[-1, 0]
         share = summed[:-1] / (population * self.per_token)
-        mean_score = self.by_stream(scores).sum(0) / population
+        mean_score = scores.unflatten(0, (-1, load.shape[0])).sum(0) / population
         return self.experts * (share * mean_score).sum() / self.streams, population
 
     def router_z(self, logits: Tensor, population: Tensor) -> Tensor:
@@ -101,7 +107,7 @@ class SoftmaxRouter(LinearRouter):
         gates = self.renormalised(gates)
         if not self.training:
             return gates, experts, {}
-        load = self.counts(experts)
+        load = self.counts(experts, origin)
         balance, population = self.balance(probabilities, load)
         return gates, experts, {"balance": balance, "router_z": self.router_z(logits, population), "load": load}
 
@@ -128,7 +134,7 @@ class SigmoidRouter(LinearRouter):
         gates = self.renormalised(scores.gather(-1, experts))
         if not self.training:
             return gates, experts, {}
-        report = {"load": self.counts(experts)}
+        report = {"load": self.counts(experts, origin)}
         if self.has_balance_loss:
             report["balance"] = self.balance(scores / scores.sum(-1, keepdim=True), report["load"])[0]
         return gates, experts, report
@@ -162,13 +168,13 @@ class SinkhornRouter(LinearRouter):
             experts = logits.topk(self.per_token, -1).indices
             return self.renormalised(scores.gather(-1, experts)), experts, {}
         with torch.no_grad():
-            by_stream = self.by_stream(logits.detach())
-            potentials = sinkhorn(by_stream, self.population_sum, self.iterations, self.tolerance)
+            rows = by_stream(logits.detach(), origin)
+            potentials = sinkhorn(rows, self.population_sum, self.iterations, self.tolerance)
             # the order of a row's experts in the plan is that of logits + potentials: the row's own factor cancels
-            experts = (by_stream + potentials).topk(self.per_token, -1).indices.flatten(0, 1)
-            columns = self.population_sum(column_sums(by_stream, potentials))
+            experts = (rows + potentials).topk(self.per_token, -1).indices.flatten(0, 1)
+            columns = self.population_sum(column_sums(rows, potentials))
             residual = column_error(columns).max()
-        report = {"load": self.counts(experts), "router_z": self.router_z(logits, columns[0].sum())}
+        report = {"load": self.counts(experts, origin), "router_z": self.router_z(logits, columns[0].sum())}
         report["residual"] = torch.stack([residual, torch.ones_like(residual)])
         return self.renormalised(scores.gather(-1, experts)), experts, report
 
@@ -192,13 +198,13 @@ class ReinforceRouter(LinearRouter):
             experts = logits.topk(self.per_token, -1).indices
             return self.even_gates(experts), experts, {}
         probabilities = logits.softmax(-1)
-        experts = draw(logits.detach(), origin.draws(self.streams, self.per_token).flatten(0, 1))
-        load = self.counts(experts)
+        experts = draw(logits.detach(), origin.draws(streams_of(x, origin), self.per_token).flatten(0, 1))
+        load = self.counts(experts, origin)
         balance, population = self.balance(probabilities, load)
         entropy = -(probabilities * logits.log_softmax(-1)).sum() / (population * self.streams)
         report = {"balance": balance, "router_z": self.router_z(logits, population), "entropy": entropy, "load": load}
         log_pi, squared_norm = log_probability(logits, experts)
-        report["policy"] = self.by_stream(torch.stack([log_pi, self.baseline(x), squared_norm], -1))
+        report["policy"] = by_stream(torch.stack([log_pi, self.baseline(x), squared_norm], -1), origin)
         return self.even_gates(experts), experts, report
 
     def baseline(self, x: Tensor) -> Tensor:
@@ -225,8 +231,8 @@ class HashRouter(Router):
         self.table.copy_(hash_table(self.kind, len(self.table), self.per_token, self.experts, seed, layer, id_counts))
 
     def forward(self, x: Tensor, origin: Origin) -> Routed:
-        experts = self.table[origin.ids].long().repeat_interleave(self.streams, 0)
-        return self.even_gates(experts), experts, ({"load": self.counts(experts)} if self.training else {})
+        experts = self.table[origin.ids].long().repeat_interleave(streams_of(x, origin), 0)
+        return self.even_gates(experts), experts, ({"load": self.counts(experts, origin)} if self.training else {})
 
 
 ROUTERS: dict[str, type[Router]] = {

@@ -34,7 +34,7 @@ class Experts(nn.Module):
         experts = model.experts
         assert experts.width is not None
         self.router = ROUTERS[experts.router](model)
-        self.capacity_factor, self.count, self.streams = experts.capacity_factor, experts.count, model.streams.count
+        self.capacity_factor, self.count = experts.capacity_factor, experts.count
         self.gate = nn.Parameter(torch.empty(experts.count, experts.width, model.width))
         self.up = nn.Parameter(torch.empty(experts.count, experts.width, model.width))
         self.down = nn.Parameter(torch.empty(experts.count, model.width, experts.width))
@@ -49,7 +49,7 @@ class Experts(nn.Module):
         gates, experts, report = self.router(rows, origin)
         limited, k = self.capacity_factor is not None and self.training, experts.shape[1]
         if limited:
-            within = self.within_capacity(experts)
+            within = self.within_capacity(experts, x.shape[1])
             experts = torch.where(within, experts, self.count)  # no expert: sorted behind all of them
             report["dropped"] = torch.stack([(~within).sum(), torch.ones_like(within).sum()]).double()
         order = experts.flatten().argsort(stable=True)
@@ -70,15 +70,15 @@ class Experts(nn.Module):
             result = result + self.shared(rows)
         return result.view(x.shape), report
 
-    def within_capacity(self, experts: Tensor) -> Tensor:
-        """Which choices [N, k] their experts have room for.
+    def within_capacity(self, experts: Tensor, streams: int) -> Tensor:
+        """Which choices [N, k] of this many streams their experts have room for.
 
         An expert takes the first ceil(capacity_factor * T k / E) choices of each stream's population: all first choices before all second
         ones (GShard, arXiv 2006.16668, Algorithm 1), and among these in the order of the tokens in the global micro-batch.
         """
         assert self.capacity_factor is not None
-        choices = experts.unflatten(0, (-1, self.streams)).permute(2, 1, 0)
-        k, streams, tokens = choices.shape
+        choices = experts.unflatten(0, (-1, streams)).permute(2, 1, 0)
+        k, _, tokens = choices.shape
         kinds = torch.arange(k * streams, device=experts.device).view(k, streams, 1)
         kind = (kinds * self.count + choices).flatten()
         order = kind.argsort(stable=True)

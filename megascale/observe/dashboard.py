@@ -102,6 +102,7 @@ SECTIONS: tuple[Section, ...] = (
         "Streams (ParScale)",
         (
             Panel("Entropy of the aggregator", ("streams/aggregator_entropy",), needs="streams"),
+            Panel("Cosine between the streams' final states", ("streams/correlation",), needs="streams"),
             Panel("Weight of each stream", ("streams/weight_p{p}",), needs="streams"),
         ),
     ),

@@ -59,7 +59,10 @@ METRICS: tuple[Metric, ...] = (
         "phase/tokens_to_recover", "tokens", "loss tokens of a phase until the mean of ten steps is back at that mean", "phases"
     ),
     Metric(
-        "perf/hfu", "share of peak", "hardware FLOPs utilisation: as perf/mfu, with recomputed layers counted again", "throughput"
+        "perf/hfu",
+        "share of peak",
+        "hardware FLOPs utilisation: as perf/mfu, of what is computed, recomputation included",
+        "throughput",
     ),
     Metric("memory/peak_gib", "GiB", "most device memory allocated during the step, largest over ranks", "memory"),
     Metric("memory/rss_gib", "GiB", "resident memory of the process, on runs without an accelerator", "memory"),
@@ -75,6 +78,9 @@ METRICS: tuple[Metric, ...] = (
         "routing",
     ),
     Metric("streams/aggregator_entropy", "share of maximum", "entropy of the stream weights over log P; 1 is even", "streams"),
+    Metric(
+        "streams/correlation", "cosine", "mean cosine between the final states of two streams; 1: they say the same", "streams"
+    ),
     Metric("streams/weight_p{p}", "share", "mean weight the aggregator gives a stream", "streams"),
     Metric("altup/layer_{layer}/divergence", "ratio", "distance between the residual blocks, relative to their norm", "altup"),
     Metric("altup/gain", "gain", "mean correction gain g over the layers and blocks", "altup"),

@@ -43,7 +43,7 @@ def throughput(
         loss_tokens: loss tokens of the step, over all ranks.
         flops: model FLOPs of the step over all ranks, attention counted where it is visible.
         flops_full: the same with full attention counted.
-        flops_hardware: `flops` and what is computed twice.
+        flops_hardware: of what is computed, recomputation included.
         world: number of devices.
         peak: peak FLOP/s of one device; None leaves out the utilisations.
 

@@ -50,6 +50,8 @@ class Engine(Protocol):
     groups: Sequence[OptimizerGroup]
     parameters: Mapping[str, nn.Parameter]
     """all of this rank's, by global name"""
+    placements: Mapping[str, Placement]
+    """what of the global parameters they are"""
 
     def begin(self) -> None:
         """Before the first backward of a step. What follows may be `backward`, or a pipeline schedule that runs backward itself."""
@@ -65,6 +67,9 @@ class Engine(Protocol):
 
     def skip(self) -> None:
         """Forget the gradients and change nothing else."""
+
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """Give parameters other weights, by global name: fp32, each all of what this rank holds. The optimizer's state stays."""
 
     def rectangles(self) -> Iterable[Rectangle]:
         """The weights (fp32 masters) and optimizer state that this rank writes into a checkpoint."""

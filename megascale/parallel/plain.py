@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -173,6 +173,13 @@ class PlainEngine:
     def _forget_gradients(self) -> None:
         if self.flats:
             torch._foreach_zero_(list(self.flats.values()))
+
+    @torch.no_grad()
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """See `Engine`."""
+        for name, weight in weights.items():
+            self.masters[name].copy_(weight)
+            self.parameters[name].copy_(weight)
 
     def _states(self, name: str) -> list[tuple[str, list[Tensor]]]:
         """(kind of state, one tensor a leaf) of a parameter's optimizer state; empty for frozen ones and before the first step."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megascale.model.attention import Packing
 from megascale.model.decoder import Decoder, Layer
 from megascale.model.origin import Origin
+from megascale.model.streams import join_reports
 
 
 def _recomputed_layer(layer: Layer, state: Tensor, packing: Packing, origin: Origin) -> tuple[Tensor, dict[str, Any]]:
@@ -17,7 +20,35 @@ def _recomputed_layer(layer: Layer, state: Tensor, packing: Packing, origin: Ori
     return checkpoint(layer, state, packing, origin, use_reentrant=False, preserve_rng_state=False)
 
 
+def _stream_by_stream(
+    decoder: Decoder, state: Tensor, packing: Packing, origin: Origin, watch: Callable[[str, Tensor], None] | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`Decoder.run` for one stream after the other; of each, its last state is kept.
+
+    Exact: streams meet in the aggregator alone, routers count each stream by itself and draw by its number. The backward pass takes the
+    streams last to first, and runs each again before its own (as gradient caching does, arXiv 2101.06983), on all ranks in that order.
+    """
+    if not torch.is_grad_enabled():  # nothing is kept anyway
+        return decoder.run(state, packing, origin, watch)
+    assert watch is None, "layers are watched in evaluation"
+    count = decoder.config.streams.count
+    # split: its backward puts the gradients together once, that of an index would fill a P-wide zero tensor for each stream
+    inputs = [state] * count if state.shape[1] == 1 else state.split(1, 1)
+    states, reports = [], []
+    for number, one in enumerate(inputs):
+        last, report = checkpoint(
+            decoder.run, one, packing, origin.of_stream(number), use_reentrant=False, preserve_rng_state=False
+        )
+        states.append(last)
+        reports.append(report)
+    return torch.cat(states, 1), join_reports(reports)
+
+
 def apply_recompute(decoder: Decoder, mode: str) -> None:
-    """Set what a stage keeps for the backward pass, in place; `mode` is `parallel.recompute`."""
+    """Set what a stage keeps for the backward pass, in place; `mode` is `parallel.recompute`. A phase with one stream keeps everything in
+    the mode `stream`: that is the memory it asks for.
+    """
     if mode == "layer":
         decoder.run_layer = _recomputed_layer
+    elif mode == "stream" and decoder.config.streams.count > 1:
+        decoder.run_streams = _stream_by_stream

@@ -168,6 +168,11 @@ class ZeroMuonEngine:
         self.muon.skip()
         self.zero.skip()
 
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """See `Engine`."""
+        assert not weights.keys() & self.muon.trained.keys(), "Muon's matrices are whole on one rank"
+        self.zero.adopt(weights)
+
     def rectangles(self) -> Iterable[Rectangle]:
         """See `Engine`."""
         return chain(self.zero.rectangles(), self.muon.rectangles())

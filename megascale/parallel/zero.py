@@ -120,9 +120,9 @@ class ZeroEngine:
         """Masters start from the fp32 weights: DeepSpeed's are the rounded parameters."""
         for partition in self._partitions:
             for segment in partition.segments:
-                segment.of(partition.master).copy_(
-                    weights[segment.name].reshape(-1)[segment.start : segment.start + segment.size]
-                )
+                if segment.name in weights:
+                    mine = slice(segment.start, segment.start + segment.size)
+                    segment.of(partition.master).copy_(weights[segment.name].reshape(-1)[mine])
 
     def begin(self) -> None:
         """See `Engine`."""
@@ -197,6 +197,15 @@ class ZeroEngine:
             self._close()
         self.gradients = []
         self.cut.forget()
+
+    @torch.no_grad()
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """See `Engine`."""
+        self._adopt(weights)
+        self.cut.publish()
+        for name in weights.keys() & self.frozen.keys():
+            self.frozen[name].copy_(weights[name])
+            self.cut.set_frozen(self.parameters[name], weights[name])
 
     def _states(self, i: int) -> dict[str, Tensor]:
         """AdamW's state of a partition; empty before the first step."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from megascale.checkpoint.fold import folded
 from megascale.checkpoint.folders import list_checkpoints, step_of
 from megascale.checkpoint.hugging_face.folder import is_hugging_face
 from megascale.checkpoint.hugging_face.import_folder import is_import
@@ -147,9 +148,10 @@ def load_run(folder: Path, step: int | None = None, precision: Precision = "fp32
     """
     config, data = open_run_data(read_run_config(folder))
     with open_checkpoint(folder, step) as reader:
-        model = span_at(config, reader.step).config.model  # an early phase has fewer streams
+        # an early phase has fewer streams
+        whole, model = folded(reader, span_at(config, reader.step).config.model)
         config = config.model_copy(update={"model": model})
-        decoder, world = _read_decoder(model, reader, precision)
+        decoder, world = _read_decoder(model, whole, precision)
     starts = data.train.sources[0].sequences.split.starts_with_separator
     separator = _separator(data, starts)
     return LoadedRun(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megascale.checkpoint.fold import folded
 from megascale.checkpoint.folders import list_checkpoints, step_of
 from megascale.checkpoint.hugging_face.folder import TOKENIZER, is_hugging_face, open_hugging_face
 from megascale.checkpoint.hugging_face.read import HuggingFaceTensors
@@ -87,6 +88,7 @@ def _hugging_face(place: Path) -> Source:
 def _run(place: Path, config: Config, reader: CheckpointReader) -> Source:
     model = span_at(config, reader.step).config.model  # an early phase has fewer streams
     model = model.model_copy(update={"vocab_size": reader.shape(f"{WEIGHTS}embedding.weight")[0]})
+    reader, model = folded(reader, model)
     check_weights(reader, parameter_shapes(model))
     return Source(
         place,

@@ -22,8 +22,8 @@ class Tally:
     """Adds up the losses, the routers' statistics and the stream weights of a step's micro-batches, on this rank's stages.
 
     The sums have the same places on all ranks, whatever their stages: lm loss, the routers' losses, and with P > 1 the P weights, their
-    entropy and the number of tokens they are of; and for each routed layer the E loads, then sum and weight of each ratio. These are fp64:
-    loads are exact, whoever counted them.
+    entropy, the streams' similarity and the number of tokens they are of; and for each routed layer the E loads, then sum and weight of
+    each ratio. These are fp64: loads are exact, whoever counted them.
     """
 
     def __init__(self, model: Model, mesh: Mesh, auxiliary_weights: dict[str, float]):
@@ -52,11 +52,12 @@ class Tally:
             scale = weight if name in losses.rewarded else weight * share
             value = {**losses.auxiliary, **losses.rewarded}.get(name)
             parts.append(zero if value is None else value.detach().reshape(1).float() * scale)
-        if losses.stream_weights is not None:
+        if losses.stream_weights is not None and losses.stream_similarity is not None:
             weights = losses.stream_weights.float()
-            parts += [weights.sum(0), -(weights * weights.log()).sum().reshape(1), weights.new_tensor([weights.shape[0]])]
+            parts += [weights.sum(0), -(weights * weights.log()).sum().reshape(1), losses.stream_similarity.sum().reshape(1)]
+            parts.append(weights.new_tensor([weights.shape[0]]))
         elif self.streams > 1:
-            parts.append(torch.zeros(self.streams + 2, device=device))
+            parts.append(torch.zeros(self.streams + 3, device=device))
         return torch.cat(parts)
 
     def record(self) -> dict[str, float]:
@@ -66,8 +67,9 @@ class Tally:
         metrics = {"train/lm_loss": values[0], "train/total_loss": sum(values[: 1 + len(names)])}
         metrics |= {f"train/aux/{name}": value for name, value in zip(names, values[1:], strict=False)}
         if self.streams > 1:
-            *weights, entropy, tokens = values[1 + len(names) :]
+            *weights, entropy, similar, tokens = values[1 + len(names) :]
             metrics["streams/aggregator_entropy"] = entropy / tokens / math.log(self.streams)
+            metrics["streams/correlation"] = similar / tokens
             metrics |= {f"streams/weight_p{p}": weight / tokens for p, weight in enumerate(weights)}
         return metrics | self._routing() if self.routed else metrics
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,7 @@ from megascale.checkpoint.tensors import ORIGIN
 from megascale.config.phases import Span
 from megascale.data.batches import MicroBatch
 from megascale.data.prefetch import prefetch
-from megascale.model.accounting import flops_per_token, layer_flops_per_token, mean_visible_keys
+from megascale.model.accounting import flops_per_token, hardware_flops_per_token, mean_visible_keys
 from megascale.observe.sinks import Sink
 from megascale.observe.throughput import peak_flops, throughput
 from megascale.parallel.buffers import buffer_rectangles, load_buffers
@@ -30,6 +30,7 @@ from megascale.train.batch_stream import StepBatch, step_batches
 from megascale.train.build import Parts
 from megascale.train.inherit import inherit
 from megascale.train.profiling import StepProfiler
+from megascale.train.quiet import quiet_prefixes
 from megascale.train.recovery import Recovery
 from megascale.train.schedule import lr_scale
 from megascale.train.start import InheritedTensors, Start, describe
@@ -96,6 +97,7 @@ class Trainer:
             self.engine.load(reader, new=self.parts.new, moments=not self.span.reset_optimizer)
             self.recovery.begin(progress.tokens)
             self.say(f"phase {self.span.number} begins behind {reader.path.name}; {len(self.parts.new)} tensors are new")
+            self._quieten(self.parts.new, progress.step + 1)
         else:
             self.engine.load(reader)
             self.say(f"resuming from {reader.path.name}")
@@ -110,10 +112,16 @@ class Trainer:
         tensors = InheritedTensors(start.tensors, heritage)
         load_buffers(self.stages.decoders, tensors, heritage.taken)
         self.engine.load(tensors, new=heritage.new, moments=False)
+        self._quieten(heritage.new, 1)
         self.recovery = Recovery(list(start.recent))
         self.recovery.begin(0)
         for line in describe(start, heritage, self.config.model):
             self.say(line)
+
+    def _quieten(self, new: Collection[str], step: int) -> None:
+        """Streams are new on a trained trunk: see `megascale.train.quiet`."""
+        if self.config.model.streams.prefix_start == "quiet" and any(".prefix_" in name for name in new):
+            quiet_prefixes(self.parts, step)
 
     def run(self, stop: StopRequest) -> str:
         """Train until the phase is done, or stopped; returns the reason for exit.json."""
@@ -183,7 +191,7 @@ class Trainer:
         keys = mean_visible_keys(positions / all_tokens, self.config.model)
         frozen = bool(self.parts.frozen)
         flops = flops_per_token(self.config.model, keys, frozen) * step_tokens
-        again = layer_flops_per_token(self.config.model, keys) / 3 if self.config.parallel.recompute == "layer" else 0.0
+        flops_hardware = hardware_flops_per_token(self.config.model, keys, self.config.parallel.recompute, frozen) * step_tokens
         flops_full = flops_per_token(self.config.model, float(self.config.data.sequence_length), frozen) * step_tokens
         progress = self.progress
         progress.step, progress.sequences = batch.step, batch.consumed
@@ -201,7 +209,7 @@ class Trainer:
             "train/grad_norm": norm,
             **{f"optim/lr/{g.name}": g.lr * scale * (new_scale if g.new else 1.0) for g in self.engine.groups},
             **self.recovery.add(metrics["train/lm_loss"], progress.tokens),
-            **throughput(seconds, step_tokens, flops, flops_full, flops + again * step_tokens, self.world.size, self.peak_flops),
+            **throughput(seconds, step_tokens, flops, flops_full, flops_hardware, self.world.size, self.peak_flops),
             "perf/data_seconds": data_seconds,
             **self.world.device.memory(),
             **self.parts.data.train.progress(batch.consumed),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import pytest
@@ -19,7 +19,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 @dataclass(frozen=True)
 class Case:
-    """Lengths of the documents, P streams, G key/value heads, H/G queries each, D, n (0: no prefix), window."""
+    """Lengths of the documents, P streams, G key/value heads, H/G queries each, D, n (0: no prefix), window; q, k, v of all streams or one
+    for all of them.
+    """
 
     lengths: tuple[int, ...]
     streams: int = 1
@@ -28,11 +30,12 @@ class Case:
     width: int = 8
     slots: int = 0
     window: int | None = None
+    shared: bool = False
 
     def inputs(self, dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], Tensor]:
         """q, k, v and, with slots, prefix_k and prefix_v, which need gradients; and the borders."""
         generator = torch.Generator().manual_seed(seed)
-        tokens, heads = sum(self.lengths), self.streams * self.groups
+        tokens, heads = sum(self.lengths), self.groups * (1 if self.shared else self.streams)
         shapes = [(tokens, heads * self.queries, self.width)] + [(tokens, heads, self.width)] * 2
         shapes += [(self.streams, self.groups, self.slots, self.width)] * 2 if self.slots else []
         tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
@@ -52,6 +55,7 @@ cases = st.builds(
     width=st.sampled_from([2, 8, 16]),
     slots=st.integers(1, 9),
     window=st.one_of(st.none(), st.integers(1, 14)),
+    shared=st.booleans(),
 )
 plain_cases = st.builds(
     Case,
@@ -62,6 +66,7 @@ plain_cases = st.builds(
     window=st.one_of(st.none(), st.integers(1, 14)),
 )
 FULL = Case((5, 3, 3, 1, 9), streams=2, groups=2, queries=2, width=8, slots=4, window=4)
+SHARED = replace(FULL, shared=True)
 
 
 def value_and_gradients(function, case: Case, dtype: torch.dtype) -> list[Tensor]:
@@ -82,11 +87,27 @@ def test_output_and_all_gradients_are_those_of_one_softmax(dtype: torch.dtype, c
     out = case.call(attention_reference, wide, borders)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).double()
     expected = [out.detach(), *torch.autograd.grad((out * weights).sum(), wide)]
-    for got, true, like in zip(found, expected, [tensors[0], *tensors], strict=True):
+    for got, true in zip(found, expected, strict=True):
         assert got.dtype == dtype
-        assert got.shape == like.shape
+        assert got.shape == true.shape
         scale = max(true.abs().max().item(), 1.0)  # a gradient may be zero (one visible key)
         assert (got.double() - true).abs().max().item() <= TOLERANCE[dtype] * scale
+
+
+@settings(max_examples=10)
+@given(case=cases)
+def test_what_all_streams_share_is_what_each_of_them_would_have(case: Case) -> None:
+    shared = replace(case, shared=True)
+    tensors, borders = shared.inputs(torch.float64)
+    copies = [x.detach().repeat(1, case.streams, 1).requires_grad_() for x in tensors[:3]]
+    found, expected = (shared.call(attention, list(x), borders) for x in (tensors, [*copies, *tensors[3:]]))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(found)
+    grads = torch.autograd.grad((found * weights).sum(), tensors)
+    of_copies = torch.autograd.grad((expected * weights).sum(), [*copies, *tensors[3:]])
+    summed = [x.unflatten(1, (case.streams, -1)).sum(1) for x in of_copies[:3]]
+    for got, true in zip(grads, [*summed, *of_copies[3:]], strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-10, atol=1e-12)
 
 
 def test_the_reference_is_sdpa_with_a_mask() -> None:
@@ -173,18 +194,20 @@ def test_inputs_need_not_be_contiguous() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_repetition_gives_the_same_bits(dtype: torch.dtype) -> None:
-    first, second = (value_and_gradients(attention, FULL, dtype) for _ in range(2))
+@pytest.mark.parametrize("case", [FULL, SHARED], ids=["prefix", "shared"])
+def test_repetition_gives_the_same_bits(case: Case, dtype: torch.dtype) -> None:
+    first, second = (value_and_gradients(attention, case, dtype) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_gradcheck() -> None:
-    case = Case((3, 2), streams=2, groups=1, queries=2, width=2, slots=2, window=2)
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradcheck(shared: bool) -> None:
+    case = Case((3, 2), streams=2, groups=1, queries=2, width=2, slots=2, window=2, shared=shared)
     tensors, borders = case.inputs(torch.float64)
     assert torch.autograd.gradcheck(lambda *x: case.call(attention, list(x), borders), tensors)
 
 
-@pytest.mark.parametrize("case", [FULL, Case((4, 4, 2), groups=2, queries=2)], ids=["prefix", "plain"])
+@pytest.mark.parametrize("case", [FULL, SHARED, Case((4, 4, 2), groups=2, queries=2)], ids=["prefix", "shared", "plain"])
 def test_the_operators_are_registered_correctly(case: Case) -> None:
     tensors, borders = case.inputs(torch.float32)
     prefixes = tensors[3:] or [None, None]
@@ -192,11 +215,12 @@ def test_the_operators_are_registered_correctly(case: Case) -> None:
     torch.library.opcheck(torch.ops.megascale.attention.default, arguments)
 
 
-def test_a_compiled_graph_is_whole_and_equal() -> None:
+@pytest.mark.parametrize("case", [FULL, SHARED], ids=["prefix", "shared"])
+def test_a_compiled_graph_is_whole_and_equal(case: Case) -> None:
     torch._dynamo.reset()
-    expected = value_and_gradients(attention, FULL, torch.float32)
+    expected = value_and_gradients(attention, case, torch.float32)
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    found = value_and_gradients(compiled, FULL, torch.float32)
+    found = value_and_gradients(compiled, case, torch.float32)
     for got, true in zip(found, expected, strict=True):
         torch.testing.assert_close(got, true)
 

@@ -18,8 +18,15 @@ from megascale.config.size import routed_layers
 from megascale.kernels.attention import attention_reference
 from megascale.kernels.grouped import grouped_linear_reference
 from megascale.model import attention, routing
-from megascale.model.accounting import flops_per_token, mean_visible_keys, parameters
+from megascale.model.accounting import (
+    flops_per_token,
+    hardware_flops_per_token,
+    layer_flops_per_token,
+    mean_visible_keys,
+    parameters,
+)
 from megascale.model.decoder import Decoder, is_routed
+from megascale.parallel.recompute import apply_recompute
 from tiny import packed_batch, tiny_decoder, tiny_model
 
 models = st.builds(
@@ -31,7 +38,9 @@ models = st.builds(
     qkv_bias=st.booleans(),
     qk_norm=st.booleans(),
     tie_embeddings=st.booleans(),
-    streams=st.fixed_dictionaries({"count": st.integers(1, 4), "prefix_tokens": st.integers(1, 6)}),
+    streams=st.fixed_dictionaries(
+        {"count": st.integers(1, 4), "prefix_tokens": st.integers(1, 6), "reparameterise": st.sampled_from([None, 3])}
+    ),
     experts=st.fixed_dictionaries(
         {
             "count": st.sampled_from([1, 2, 5]),
@@ -151,14 +160,45 @@ def test_flops_are_the_counted_matrix_products(settings: dict[str, Any]) -> None
     assert counter.get_total_flops() == 24 * flops_per_token(decoder.config, 24)
 
 
-@pytest.mark.usefixtures("countable")
-def test_flops_with_streams_count_prefixes_and_aggregator() -> None:
-    decoder, batch = tiny_decoder(tiny_model(streams={"count": 3, "prefix_tokens": 5})), packed_batch([[24]])
+def counted_flops(recompute: str, **settings: Any) -> tuple[Model, float]:
+    """Of a token of one document of 24, whose queries are counted with all keys."""
+    decoder, batch = tiny_decoder(tiny_model(**settings)), packed_batch([[24]])
+    apply_recompute(decoder, recompute)
     with FlopCounterMode(display=False) as counter:
         loss = batch.losses(decoder).lm
         assert loss is not None
         loss.backward()
-    assert counter.get_total_flops() == 24 * flops_per_token(decoder.config, 24)
+    return decoder.config, counter.get_total_flops() / 24
+
+
+THREE = {"streams": {"count": 3, "prefix_tokens": 5}}
+PROJECTIONS = 2 * 32 * 8 * (4 + 2 * 2)
+"""FLOPs of q, k, v of one token and stream, forward"""
+ATTENTION = 4 * 4 * 8 * 24
+"""of its scores and values, which the reference that is counted here does not share between streams"""
+
+
+@pytest.mark.usefixtures("countable")
+def test_flops_with_streams_count_prefixes_and_aggregator() -> None:
+    model, counted = counted_flops("none", **THREE)
+    assert counted == flops_per_token(model, 24) - 2 * 3 * PROJECTIONS  # layer 0 projects once
+    assert counted == hardware_flops_per_token(model, 24, "none") + 2 * ATTENTION
+
+
+@pytest.mark.usefixtures("countable")
+def test_flops_of_recomputation_are_counted_again() -> None:
+    model, counted = counted_flops("layer", **THREE)
+    last = 2 * 64 * 32  # the last product of a layer: nobody needs its result again
+    assert counted + 3 * 2 * last == hardware_flops_per_token(model, 24, "layer") + 4 * ATTENTION
+    model, counted = counted_flops("stream", **THREE)
+    assert counted + 3 * last == hardware_flops_per_token(model, 24, "stream")
+
+
+@pytest.mark.parametrize("settings", [{}, {"experts": {"count": 4, "per_token": 2}}])
+def test_without_streams_and_recomputation_the_hardware_computes_the_model(settings: dict[str, Any]) -> None:
+    model = tiny_model(**settings)
+    assert hardware_flops_per_token(model, 17, "none") == flops_per_token(model, 17)
+    assert hardware_flops_per_token(model, 17, "layer") == flops_per_token(model, 17) + layer_flops_per_token(model, 17) / 3
 
 
 @pytest.mark.usefixtures("countable")

@@ -197,7 +197,7 @@ def test_no_expert_takes_more_than_its_capacity_and_earlier_ones_go_first(
 ) -> None:
     _, layer = routed(streams, count=5, per_token=per_token, capacity_factor=capacity)
     _, experts, _ = layer.router(tokens(number, streams).flatten(0, 1), origin(number))
-    within = layer.within_capacity(experts)
+    within = layer.within_capacity(experts, streams)
     assert torch.equal(within, kept_choices(layer, experts, streams))
     room = math.ceil(number * per_token * capacity / 5)
     for p in range(streams):
@@ -209,12 +209,12 @@ def test_no_expert_takes_more_than_its_capacity_and_earlier_ones_go_first(
     counts: list[Tensor] = []
     layer.population_order = lambda here: counts.append(here) or (here, here)  # type: ignore[func-returns-value]
     for part in (experts[:cut], experts[cut:]):
-        layer.within_capacity(part)
+        layer.within_capacity(part, streams)
     found = []
     for rank, part in enumerate((experts[:cut], experts[cut:])):
         before = sum(counts[:rank], torch.zeros_like(counts[0]))
         layer.population_order = lambda here, before=before: (before, counts[0] + counts[1])  # type: ignore[misc]
-        found.append(layer.within_capacity(part))
+        found.append(layer.within_capacity(part, streams))
     assert torch.equal(torch.cat(found), within)
 
 

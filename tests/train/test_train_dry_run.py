@@ -48,6 +48,7 @@ LAYOUTS = {
         "parallel={pp: 2, schedule: interleaved, virtual_stages: 2, zero_stage: 0}",
         "model.tie_embeddings=true",
     ),
+    "pp2-tp2-ep2-streams-apart": (4, "parallel={pp: 2, tp: 2, ep: 2, zero_stage: 0, recompute: stream}"),
 }
 
 
@@ -133,6 +134,16 @@ def test_activations_grow_with_the_tokens_and_shrink_with_tensor_parallel_ranks(
     assert activations(2) == pytest.approx(whole / 2, rel=0.25)
     assert activations(2, "parallel.tp=2") == pytest.approx(whole / 2, rel=0.25)
     assert activations(1, "batch.micro_batches=4") == pytest.approx(whole / 4, rel=0.25)
+
+
+def test_streams_one_after_the_other_need_the_activations_of_one(tmp_path: Path, tiny_corpus: Path) -> None:
+    def activations(streams: int, recompute: str) -> int:
+        overrides = (f"model.streams.count={streams}", "data.sequence_length=512", f"parallel.recompute={recompute}")
+        return dry_run(write_config(tmp_path, tiny_corpus), (*FOUR_LAYERS[:1], *overrides), 1).ranks[0].memory.activations
+
+    together, apart = activations(8, "none"), activations(8, "stream")
+    assert apart < 0.4 * together
+    assert apart < 3 * activations(1, "none")
 
 
 def test_a_dry_run_needs_no_corpus_where_the_vocabulary_is_given_and_writes_nothing(

@@ -34,7 +34,7 @@ COMPUTED = {
         "sliding_window", "tie_embeddings", "init_std",
     ),
     "rotary": tuple(Rotary.model_fields),
-    "streams": ("count", "prefix_tokens", "smoothing"),
+    "streams": ("count", "prefix_tokens", "smoothing", "prefix_start", "reparameterise"),  # networks are folded before
     "altup": ("blocks", "read", "select"),
     "experts": ("count", "per_token", "every", "offset", "width", "shared", "router", "gate", *_TRAINING_ONLY),
 }  # fmt: skip
@@ -184,7 +184,7 @@ def essential(model: Model) -> Model:
     experts = model.experts.model_copy(update={name: Experts.model_fields[name].default for name in _TRAINING_ONLY})
     rotary = model.rotary
     update = {
-        "streams": model.streams if model.streams.count > 1 else Streams(),
+        "streams": model.streams.model_copy(update={"prefix_start": "normal"}) if model.streams.count > 1 else Streams(),
         "altup": model.altup if model.altup.blocks > 1 else AltUp(),
         "experts": experts if experts.count > 1 else Experts(),
         "rotary": rotary if rotary.scaling != "none" else Rotary(theta=rotary.theta),
