@@ -62,6 +62,8 @@ FEATURES: dict[str, Feature] = {
     "two phases, P = 1 first": Feature(
         ("schedule={phases: [{steps: 1, streams: 1, shape: constant}, {steps: 2, shape: constant}]}",), needs="P streams"
     ),
+    "P: quiet start": Feature(("model.streams.prefix_start=quiet",), needs="P streams"),
+    "P: prefix network": Feature(("model.streams.reparameterise=8",), needs="P streams"),
     **{
         f"experts: {router}": Feature(
             ("model.experts.count=4", "model.experts.width=16", f"model.experts.router={router}"), choice="router"
@@ -83,6 +85,7 @@ FEATURES: dict[str, Feature] = {
     "Muon": Feature(("optimizer.name=muon",), rounds=True),
     "batch ramp": Feature(("batch.ramp=[{steps: 1, sequences: 4}]",)),
     "recompute: layer": Feature(("parallel.recompute=layer",), choice="recompute", layout=True),
+    "recompute: stream": Feature(("parallel.recompute=stream",), choice="recompute", needs="P streams", layout=True),
     "data parallel": Feature((), ranks=2, layout=True),
     "tensor + sequence parallel": Feature(("parallel.tp=2",), ranks=2, layout=True),
     "pipeline, 1F1B": Feature(("parallel.pp=2",), choice="pipeline", ranks=2, layout=True),
