@@ -28,6 +28,7 @@ LAYOUTS = {
     "pp2-tp2-ep2-dp2": (8, "parallel={pp: 2, tp: 2, ep: 2, zero_stage: 0}"),
 }
 """Name -> ranks, settings. dp is what is left of the world."""
+ALSO_BY_SGD = ("tp4", "pp2-tp2-dp2", "tp2-ep2-dp2", "pp2-ep2-dp2")
 
 
 class References:
@@ -51,8 +52,9 @@ def one(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, tiny_corpus: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "optimizer"), [*((name, "adamw") for name in LAYOUTS), *((name, "sgd") for name in ALSO_BY_SGD)]
+)
 def test_a_layout_trains_the_run_of_one_process(
     ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References, layout: str, optimizer: str
 ) -> None:
@@ -82,8 +84,12 @@ def test_bf16_is_as_near_to_fp32_as_in_one_process(
     def distance(result: Result, name: str) -> float:
         return float((result.end[name] - exact.end[name]).norm() / (exact.end[name] - exact.start[name]).norm())
 
-    # the gradients of AltUp's coefficients are small differences of large terms: in bf16 they are far off in one process too
-    allowed = {name: 0.5 if ".residual." in name else 1.5 * distance(alone, name) + 0.02 for name in exact.end}
+    # the gradients of AltUp's coefficients, and of the aggregator while the streams hardly differ, are small differences of large terms:
+    # in bf16 they are far off in one process too, more or less by chance (0.003 to 0.09 over seeds and tensors of the aggregator)
+    def bound(name: str) -> float:
+        return 0.5 if ".residual." in name else 0.25 if "aggregator." in name else 1.5 * distance(alone, name) + 0.02
+
+    allowed = {name: bound(name) for name in exact.end}
     assert sorted(allowed.values())[len(allowed) // 2] < 0.05
     found = train(ranks, tmp_path, tiny_corpus, world, layout, MODEL, *SGD_LIKE, parallel, "precision=bf16")
     for (loss, norm), (exact_loss, exact_norm) in zip(found.curve, exact.curve, strict=True):
