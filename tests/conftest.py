@@ -25,6 +25,18 @@ settings.register_profile("megascale", deadline=None, derandomize=True)
 settings.load_profile("megascale")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also the cases of the matrices that are left out for time")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    items[:] = [item for item in items if not item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Rank processes for the whole session: ``ranks.run(function, *args, world_size=4)``; starts when first used."""

@@ -7,6 +7,7 @@ metrics within 1e-3.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,12 @@ def layout_config(folder: Path, corpus: Path, name: str, *overrides: str) -> Con
     model = config.model
     assert min(model.streams.count, model.experts.count, model.altup.blocks) > 1, "a layout test of a plain model proves little"
     return config
+
+
+def full_unless(kept: Iterable[str], names: Iterable[str]) -> list[Any]:
+    """Test parameters of which all but some run with --full only."""
+    kept = set(kept)
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
 def reproducible(records: list[Record]) -> list[Record]:

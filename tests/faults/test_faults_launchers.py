@@ -199,8 +199,8 @@ def test_a_signal_to_any_part_of_a_launcher_saves_the_run_and_leaves_nobody(
     assert_saved_where_it_stopped(config)
 
 
+@pytest.mark.full
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 3])
 def test_a_run_under_zero_is_stopped_and_resumed_to_the_same_bits(
     config: Path, tmp_path: Path, tiny_corpus: Path, stage: int
 ) -> None:

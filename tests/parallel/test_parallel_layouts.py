@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from layouts import ADAMW, SGD_LIKE, SPOILED, Result, layout_config, problems, saved, train
+from layouts import ADAMW, SGD_LIKE, SPOILED, Result, full_unless, layout_config, problems, saved, train
 from megascale.config.schema import Config
 from ranks import RankPool
 from runs import Run, one_process
@@ -28,7 +28,6 @@ LAYOUTS = {
     "pp2-tp2-ep2-dp2": (8, "parallel={pp: 2, tp: 2, ep: 2, zero_stage: 0}"),
 }
 """Name -> ranks, settings. dp is what is left of the world."""
-ALSO_BY_SGD = ("tp4", "pp2-tp2-dp2", "tp2-ep2-dp2", "pp2-ep2-dp2")
 
 
 class References:
@@ -52,9 +51,8 @@ def one(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, tiny_corpus: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layout", "optimizer"), [*((name, "adamw") for name in LAYOUTS), *((name, "sgd") for name in ALSO_BY_SGD)]
-)
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.full)])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_trains_the_run_of_one_process(
     ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References, layout: str, optimizer: str
 ) -> None:
@@ -74,7 +72,9 @@ def test_the_rule_has_teeth(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["pp2-tp2-dp2", "tp2-ep2-dp2", "pp2-ep2-dp2", "tp4"])
+@pytest.mark.parametrize(
+    "layout", full_unless(["pp2-tp2-dp2", "tp2-ep2-dp2"], ["pp2-tp2-dp2", "tp2-ep2-dp2", "pp2-ep2-dp2", "tp4"])
+)
 def test_bf16_is_as_near_to_fp32_as_in_one_process(
     ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References, layout: str
 ) -> None:

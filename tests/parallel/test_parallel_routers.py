@@ -56,9 +56,14 @@ def one(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, tiny_corpus: 
 
 
 @pytest.mark.slow
-# every router in every second layout, every layout with every second router: tests/test_compositions.py has all pairs
+# without --full every router in two layouts: tests/test_compositions.py has all pairs
 @pytest.mark.parametrize(
-    ("router", "layout"), [(r, name) for i, r in enumerate(ROUTERS) for j, name in enumerate(LAYOUTS) if (i + j) % 2 == 0]
+    ("router", "layout"),
+    [
+        (router, name) if (i + j) % 4 == 0 else pytest.param(router, name, marks=pytest.mark.full)
+        for i, router in enumerate(ROUTERS)
+        for j, name in enumerate(LAYOUTS)
+    ],
 )
 def test_a_layout_trains_the_run_of_one_process(
     ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References, router: str, layout: str

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from layouts import ADAMW, CUT_ALL, PLAIN, SGD_LIKE, SPOILED, Result, problems, train
+from layouts import ADAMW, CUT_ALL, PLAIN, SGD_LIKE, SPOILED, Result, full_unless, problems, train
 from megascale.config.schema import Config
 from ranks import RankPool
 from runs import ALL_AXES, Run, losses, one_process, tiny_config
@@ -32,7 +32,16 @@ LAYOUTS = {
     "zero2-pp2-ep2-dp2": (4, "parallel={zero_stage: 2, pp: 2, ep: 2}"),
     "zero1-interleaved": (4, "parallel={zero_stage: 1, pp: 2, schedule: interleaved, virtual_stages: 2}"),
 }
-ALSO_BY_SGD = ("zero1-tp2-dp2", "zero2-pp2-ep2-dp2", "zero3-dp4")
+QUICK = (
+    "zero2-dp2",
+    "zero3-dp2",
+    "zero3-dp4",
+    "zero1-tp4",
+    "zero1-tp2-ep4-dp2",
+    "zero3-tp2-dp2",
+    "zero2-pp2-ep2-dp2",
+    "zero1-interleaved",
+)
 TIED_LAYOUTS = {
     "zero1-pp2-tp2": (4, "parallel={zero_stage: 1, pp: 2, tp: 2}"),
     "zero2-pp2-dp2": (4, "parallel={zero_stage: 2, pp: 2}"),
@@ -50,9 +59,8 @@ def one(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, tiny_corpus: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layout", "optimizer"), [*((name, "adamw") for name in LAYOUTS), *((name, "sgd") for name in ALSO_BY_SGD)]
-)
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.full)])
+@pytest.mark.parametrize("layout", full_unless(QUICK, LAYOUTS))
 def test_a_layout_trains_the_run_of_one_process(
     ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: dict[str, Result], layout: str, optimizer: str
 ) -> None:
@@ -96,7 +104,7 @@ def test_one_percent_on_one_gradient_is_found(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.full), 4])
 def test_bf16_trains_as_with_the_plain_engine(
     ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: dict[str, Result], world: int
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layouts import ADAMW, CUT_ALL, PLAIN, train
+from layouts import ADAMW, CUT_ALL, PLAIN, full_unless, train
 from megascale.checkpoint.load import CheckpointReader
 from megascale.config.schema import Config
 from ranks import RankPool
@@ -51,12 +51,12 @@ READERS = {
     "zero3-dp4": (4, "parallel.zero_stage=3", CUT_ALL),
     "zero3-tp2-dp2": (4, "parallel={zero_stage: 3, tp: 2}", CUT_ALL),
 }
-WRITERS = ("plain-1", "zero1-tp2-ep2-dp2", "zero3-dp4")
 STATE = (*ALL_AXES, "precision=bf16", "batch={sequences: 12, micro_batches: 1}", "schedule.steps=3")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("writer", "steps"), [*((writer, 2) for writer in WRITERS), ("zero1-tp2-ep2-dp2", 0)])
+@pytest.mark.parametrize("steps", [2, 0])
+@pytest.mark.parametrize("writer", full_unless(["zero1-tp2-ep2-dp2"], ["plain-1", "zero1-tp2-ep2-dp2", "zero3-dp4"]))
 def test_any_engine_reads_any_other_bit_for_bit(
     ranks: RankPool, tmp_path: Path, tiny_corpus: Path, writer: str, steps: int
 ) -> None:
@@ -96,7 +96,7 @@ def test_a_run_goes_on_under_another_engine(ranks: RankPool, tmp_path: Path, tin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["zero1-dp2", "zero2-dp3", "zero3-dp4"])
+@pytest.mark.parametrize("layout", full_unless(["zero2-dp3", "zero3-dp4"], ["zero1-dp2", "zero2-dp3", "zero3-dp4"]))
 def test_a_resumed_run_is_the_one_that_never_stopped(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, layout: str) -> None:
     world, *overrides = READERS[layout]
     whole = train(ranks, tmp_path, tiny_corpus, world, "whole", *STATE, *overrides)
