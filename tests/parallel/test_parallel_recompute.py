@@ -35,7 +35,7 @@ def kept_bytes(decoder: Decoder) -> int:
 
 
 @pytest.mark.parametrize("model", [{}, ALL], ids=["plain", "all axes"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.full)], ids=["eager", "compiled"])
 def test_recomputed_layers_give_the_same_bits_and_keep_less(model: dict, compiled: bool) -> None:
     results, kept = [], []
     for mode in ("none", "layer"):
@@ -100,6 +100,7 @@ def test_streams_one_after_the_other_are_the_streams_together(settings: dict) ->
     torch.testing.assert_close(apart.stream_similarity, together.stream_similarity)
 
 
+@pytest.mark.full
 def test_compiled_streams_one_after_the_other() -> None:
     settings = {**ALL, "streams": {"count": 3, "prefix_tokens": 4}}
     (_, expected), (_, found) = (step(mode, True, torch.float32, **settings) for mode in ("none", "stream"))

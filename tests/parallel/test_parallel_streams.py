@@ -71,6 +71,7 @@ def test_it_holds_for_routers_that_draw_or_drop_and_for_networks(
     assert problems(found, one(*ADAMW, *settings)) == []
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_it_holds_for_compiled_layers(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References) -> None:
     layout = parallel("tp: 2, zero_stage: 0, recompute: stream")
