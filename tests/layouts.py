@@ -99,7 +99,8 @@ def layout_config(folder: Path, corpus: Path, name: str, *overrides: str) -> Con
     )
     config = tiny_config(folder, corpus, *settings)
     model = config.model
-    assert min(model.streams.count, model.experts.count, model.altup.blocks) > 1, "a layout test of a plain model proves little"
+    altup = 2 if model.altup.form == "sequence" else model.altup.blocks
+    assert min(model.streams.count, model.experts.count, altup) > 1, "a layout test of a plain model proves little"
     return config
 
 

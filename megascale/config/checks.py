@@ -39,6 +39,7 @@ def check(loaded: LoadedConfig, world: int | None = None) -> list[str]:
         *_attention(config),
         *_rotary(config),
         *_experts(config),
+        *_altup(config),
     ]
     problems += [*_optimizer(config), *_schedule(config), *_profile(config), *_data(config)]
     wrong_layout = list(layout_problems(config, world))
@@ -137,6 +138,24 @@ def _experts(config: Config) -> Iterator[Problem]:
         yield Problem((*path, "offset"), reason, others)
 
 
+def _altup(config: Config) -> Iterator[Problem]:
+    model, altup, path = config.model, config.model.altup, ("model", "altup")
+    if altup.form != "sequence":
+        return
+    if altup.blocks > 1:
+        reason = f"sequence has one residual block, given {altup.blocks}; set model.altup.blocks=1, or form recycled or wide"
+        yield Problem((*path, "form"), reason, ((*path, "blocks"),))
+    if model.layers < 3:
+        reason = f"sequence leaves the first and the last layer as they are, and there are {model.layers}; at least 3"
+        yield Problem((*path, "form"), reason, (("model", "layers"),))
+    if altup.stride >= config.data.sequence_length:
+        reason = f"{altup.stride} keeps one token of a sequence; less than data.sequence_length {config.data.sequence_length}"
+        yield Problem((*path, "stride"), reason, (("data", "sequence_length"), (*path, "form")))
+    if model.experts.count > 1 and model.experts.router == "rl_r":
+        reason = "sequence leaves out tokens, for whose loss rl_r's routers would get no reward; choose another router"
+        yield Problem((*path, "form"), reason, (("model", "experts", "router"),))
+
+
 def _optimizer(config: Config) -> Iterator[Problem]:
     optimizer = config.optimizer
     for index, beta in enumerate(optimizer.betas):
@@ -231,7 +250,10 @@ def _warnings(config: Config) -> Iterator[tuple[KeyPath, str]]:
     shared = math.gcd(blocks, every)
     if model.experts.count > 1 and model.altup.select == "alternating" and shared > 1:
         reason = f"altup.blocks {blocks} and experts.every {every} share the factor {shared}: routed layers read only"
-        yield ("model", "experts", "every"), f"{reason} {blocks // shared} of the {blocks} blocks"
+        turns = "; with model.altup.select=by_period they take turns"
+        yield ("model", "experts", "every"), f"{reason} {blocks // shared} of the {blocks} blocks{turns}"
+    if blocks > 1 and model.altup.select == "by_period" and every == 1:
+        yield ("model", "altup", "select"), "by_period is alternating: model.experts.every is 1"
     checkpoint = config.checkpoint
     if checkpoint.every and checkpoint.keep_every % checkpoint.every:
         reason = f"{checkpoint.keep_every} is not a multiple of every {checkpoint.every}: only steps that are multiples of both"

@@ -36,10 +36,18 @@ def _model(config: Config) -> dict[KeyPath, str]:
         found |= _all_but(("model", "experts"), Experts, "count", "model.experts.count is 1")
     else:
         found |= _router(model.experts)
-    if model.altup.blocks == 1:
-        found |= _all_but(("model", "altup"), AltUp, "blocks", "model.altup.blocks is 1")
+    found |= _altup(model.altup)
     unused = {"none": SCALING, "llama3": YARN_ONLY, "yarn": LLAMA3_ONLY}[model.rotary.scaling]
     return found | {("model", "rotary", name): f"model.rotary.scaling is {model.rotary.scaling}" for name in unused}
+
+
+def _altup(altup: AltUp) -> dict[KeyPath, str]:
+    path = ("model", "altup")
+    if altup.form == "sequence":
+        return {(*path, name): "model.altup.form is sequence" for name in ("read", "select", "coefficients")}
+    if altup.blocks == 1:
+        return _all_but(path, AltUp, "blocks", "model.altup.blocks is 1")
+    return {(*path, "stride"): f"model.altup.form is {altup.form}"}
 
 
 def _router(experts: Experts) -> dict[KeyPath, str]:

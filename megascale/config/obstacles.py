@@ -23,6 +23,8 @@ def tensor_obstacles(config: Config, tp: int) -> list[str]:
     reasons = [f"does not divide {', '.join(uneven)}"] if uneven else []
     if kv_heads != model.heads and kv_heads % tp and tp % kv_heads:
         reasons.append(f"neither divides model.kv_heads {kv_heads} nor is a multiple of it")
+    if model.altup.form == "sequence":
+        reasons.append("would cut the sequence, whose kept tokens are not shared evenly (model.altup.form)")
     if config.optimizer.name == "muon":
         reasons.append("would cut the matrices, which Muon needs whole (optimizer.name)")
     return reasons

@@ -102,11 +102,23 @@ class Experts(Node):
 
 
 class AltUp(Node):
-    """Recycled-AltUp: the residual has K blocks; a layer computes on one, predicts and corrects the others."""
+    """AltUp: the residual has K blocks; a layer computes on one, predicts and corrects the others. Or the same along the sequence."""
 
     blocks: int = field(1, "K, residual blocks of width d; 1 = plain residual", ge=1, le=8)
+    form: Literal["recycled", "wide", "sequence"] = field(
+        "recycled",
+        "recycled: embedding, norm and head are d wide, all blocks start as the embedding and are summed at the end; wide: they are K*d "
+        "wide; sequence: one block, and all layers but the first and the last compute on every k-th token and correct the others",
+    )
+    stride: int = field(4, "sequence: k, tokens from one that is computed to the next", ge=2)
     read: Literal["old", "predicted"] = field("old", "block the layer reads: before (paper) or after the prediction (Gemma 3n)")
-    select: Literal["alternating", "same"] = field("alternating", "computed block of layer l: l mod K, or always 0")
+    select: Literal["alternating", "by_period", "same"] = field(
+        "alternating",
+        "computed block of layer l: l mod K; (l // experts.every) mod K, by which routed layers take turns; or always 0",
+    )
+    coefficients: Literal["static", "token"] = field(
+        "static", "of prediction and correction: learned numbers (paper), or computed from each token (Gemma 3n)"
+    )
 
 
 class Model(Node):
@@ -242,9 +254,9 @@ class Parallel(Node):
     virtual_stages: int = field(1, "interleaved: pipeline stages per rank", gt=0)
     recompute: Literal["none", "layer", "stream"] = field(
         "none",
-        "layer: keep only each layer's input and compute the layer again in the backward pass; stream: run the streams one after the "
-        "other, keep only their last states and run each again in its backward pass, so that one stream's activations exist at a time "
-        "(either: a third more FLOPs)",
+        "layer: keep only each layer's input (of several residual blocks only what rebuilds it) and compute the layer again in the "
+        "backward pass; stream: run the streams one after the other, keep only their last states and run each again in its backward "
+        "pass, so that one stream's activations exist at a time (either: a third more FLOPs)",
     )
     zero_stage: Literal[0, 1, 2, 3] | None = field(
         None,

@@ -28,6 +28,16 @@ def routed_layers(model: Model) -> range:
     return range(experts.offset, model.layers, experts.every) if experts.count > 1 else range(0)
 
 
+def strided_layers(model: Model) -> range:
+    """The layers, from 0, that compute on every k-th token only (Sequence-AltUp): never the first and the last one."""
+    return range(1, model.layers - 1) if model.altup.form == "sequence" else range(0)
+
+
+def end_width(model: Model) -> int:
+    """Width of the embedding, the last norm and the head: d, or K*d of AltUp's wide form."""
+    return model.width * (model.altup.blocks if model.altup.form == "wide" else 1)
+
+
 def _too_many_parameters(model: Model) -> Iterator[Problem]:
     assert model.kv_heads and model.head_dim and model.ffn_width, "resolve the config first"
     width, experts = model.width, model.experts
@@ -42,8 +52,8 @@ def _too_many_parameters(model: Model) -> Iterator[Problem]:
             (model.layers - routed_count) * dense
         ),
         f"{routed_count} layers x {routed:.3g} experts (3 x width x expert width x count)": routed_count * routed,
-        f"{model.vocab_size or 0} rows x {width} embedding and head": (
-            (model.vocab_size or 0) * width * (1 if model.tie_embeddings else 2)
+        f"{model.vocab_size or 0} rows x {end_width(model)} embedding and head": (
+            (model.vocab_size or 0) * end_width(model) * (1 if model.tie_embeddings else 2)
         ),
     }
     total = sum(parts.values())

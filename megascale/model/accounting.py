@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megascale.config.schema import Model
+from megascale.config.size import end_width, strided_layers
 from megascale.model.decoder import is_routed
 from megascale.model.routers import baseline_width
 
@@ -48,28 +49,23 @@ def parameters(model: Model) -> Parameters:
     """The parameters of a resolved config."""
     assert model.vocab_size and model.kv_heads and model.head_dim and model.ffn_width
     d, heads, kv, head_dim = model.width, model.heads, model.kv_heads, model.head_dim
-    projections = d * head_dim * (2 * heads + 2 * kv)
     extras = head_dim * (heads + 2 * kv) * model.qkv_bias + 2 * head_dim * model.qk_norm
-    experts, streams, blocks = model.experts, model.streams, model.altup.blocks
+    experts, streams, ends = model.experts, model.streams, end_width(model)
     routed = sum(is_routed(layer, model) for layer in range(model.layers))
     dense = model.layers - routed
-    expert = 3 * d * (experts.width or 0)  # none without experts
-    router = 0 if experts.router == "hash" else experts.count * d
-    router += baseline_width(model) * (d + 1) * (experts.router == "rl_r")
+    expert, router = 3 * d * (experts.width or 0), _router_weights(model)
     several = streams.count > 1
     return Parameters(
-        embedding=model.vocab_size * d,
-        head=0 if model.tie_embeddings else model.vocab_size * d,
-        attention=model.layers * (projections + extras),
+        embedding=model.vocab_size * ends,
+        head=0 if model.tie_embeddings else model.vocab_size * ends,
+        attention=model.layers * (_projections(model) + extras),
         feed_forward=dense * 3 * d * model.ffn_width + routed * (experts.count + experts.shared) * expert,
         routers=routed * router,
-        norms=(2 * model.layers + 1) * d,
+        norms=2 * model.layers * d + ends,
         prefixes=model.layers * _prefixes(model) * several,
-        aggregator=((streams.count * d + 1) * d + (d + 1) * streams.count) * several,
-        altup=model.layers * (blocks * blocks + blocks) * (blocks > 1),
-        matmul_per_token=model.layers * projections
-        + dense * 3 * d * model.ffn_width
-        + routed * ((experts.per_token + experts.shared) * expert + router),
+        aggregator=((streams.count * ends + 1) * d + (d + 1) * streams.count) * several,
+        altup=_altup_parameters(model),
+        matmul_per_token=sum(_matmul_weights(model, layer) for layer in range(model.layers)),
     )
 
 
@@ -84,6 +80,37 @@ def _prefixes(model: Model) -> int:
     return 2 * rows * kv_width if hidden is None else (rows + hidden + 1) * hidden + 2 * (hidden + 1) * kv_width
 
 
+def _projections(model: Model) -> int:
+    """Weights of q, k, v and o."""
+    assert model.kv_heads and model.head_dim
+    return model.width * model.head_dim * (2 * model.heads + 2 * model.kv_heads)
+
+
+def _router_weights(model: Model) -> int:
+    """Of one routed layer."""
+    experts, d = model.experts, model.width
+    router = 0 if experts.router == "hash" else experts.count * d
+    return router + baseline_width(model) * (d + 1) * (experts.router == "rl_r")
+
+
+def _matmul_weights(model: Model, layer: int) -> int:
+    """Weights of a layer that one token of one stream is multiplied by."""
+    assert model.ffn_width
+    experts = model.experts
+    if not is_routed(layer, model):
+        return _projections(model) + 3 * model.width * model.ffn_width
+    used = (experts.per_token + experts.shared) * 3 * model.width * (experts.width or 0)
+    return _projections(model) + used + _router_weights(model)
+
+
+def _altup_parameters(model: Model) -> int:
+    blocks, token = model.altup.blocks, model.altup.coefficients == "token"
+    if model.altup.form == "sequence":
+        return 3 * len(strided_layers(model))
+    coefficients = (blocks**2 + blocks) * (blocks if token else 1) + (blocks + 1) * model.width * token
+    return model.layers * coefficients * (blocks > 1)
+
+
 def active_parameters(model: Model) -> int:
     """The parameters that one token passes: all but those of the experts that it is not sent to."""
     routed = sum(is_routed(layer, model) for layer in range(model.layers))
@@ -91,24 +118,29 @@ def active_parameters(model: Model) -> int:
     return parameters(model).total - routed * (experts.count - experts.per_token) * 3 * model.width * (experts.width or 0)
 
 
-def flops_per_token(model: Model, visible_keys: float, frozen_trunk: bool = False) -> float:
+def flops_per_token(model: Model, visible_keys: float, frozen_trunk: bool = False, kept: float | None = None) -> float:
     """FLOPs of a loss token, forward and backward.
 
-    P (6 N_used + 12 L H D (a + n [P>1])) + 6 (P d^2 + d P) [P>1] + 6 P K^2 d L [K>1] + 6 d V.
+    P (6 N_used + 12 L H D (a + n [P>1])) + 6 (P c d + d P) [P>1] + 6 P K^2 d L [K>1] + 6 c V, c the width of the head: d, or K d of the
+    wide form. Token-dependent coefficients add 6 P (2 K d + K^3 + K^2) L. A layer of Sequence-AltUp counts for the share s of the tokens
+    that it keeps, each of which sees s a + (1 - s) / 2 keys.
 
     Args:
         visible_keys: a, mean number of keys a token sees in its document, itself included (prefixes n are added here).
-        frozen_trunk: the weights of layers and head are not trained: their own gradients, a third of 6 N_used and of 6 d V, are not
+        frozen_trunk: the weights of layers and head are not trained: their own gradients, a third of 6 N_used and of 6 c V, are not
             computed.
+        kept: s; none = 1/k.
     """
     assert model.vocab_size and model.head_dim
-    streams, several = model.streams.count, model.streams.count > 1
-    aggregator = 6 * (streams * model.width**2 + model.width * streams) * several
-    each = 4 if frozen_trunk else 6
-    return layer_flops_per_token(model, visible_keys, frozen_trunk) + aggregator + each * model.width * model.vocab_size
+    streams, several, ends = model.streams.count, model.streams.count > 1, end_width(model)
+    aggregator = 6 * (streams * ends * model.width + model.width * streams) * several
+    head = (4 if frozen_trunk else 6) * ends * model.vocab_size
+    return layer_flops_per_token(model, visible_keys, frozen_trunk, kept) + aggregator + head
 
 
-def hardware_flops_per_token(model: Model, visible_keys: float, recompute: str, frozen_trunk: bool = False) -> float:
+def hardware_flops_per_token(
+    model: Model, visible_keys: float, recompute: str, frozen_trunk: bool = False, kept: float | None = None
+) -> float:
     """`flops_per_token` of what is really computed: layers once more where they are recomputed, and once what the streams share.
 
     `flops_per_token` counts every stream's layers in full, as the paper does. But the streams part in the first layer's attention: its
@@ -116,30 +148,42 @@ def hardware_flops_per_token(model: Model, visible_keys: float, recompute: str, 
     With `recompute: stream` each stream runs by itself, and nothing is shared.
 
     Args:
-        visible_keys, frozen_trunk: as in `flops_per_token`.
+        visible_keys, frozen_trunk, kept: as in `flops_per_token`.
         recompute: `parallel.recompute`.
     """
     assert model.kv_heads and model.head_dim
     streams = model.streams.count
-    flops = flops_per_token(model, visible_keys, frozen_trunk)
+    flops = flops_per_token(model, visible_keys, frozen_trunk, kept)
     if recompute == "stream" and streams > 1:
-        return flops + layer_flops_per_token(model, visible_keys) / 3
+        return flops + layer_flops_per_token(model, visible_keys, kept=kept) / 3
     projections = 2 * model.width * model.head_dim * (model.heads + 2 * model.kv_heads)
     attention = 4 * model.heads * model.head_dim * visible_keys
     flops -= (streams - 1) * ((2 if frozen_trunk else 3) * projections + attention)
     if recompute == "layer":
-        flops += layer_flops_per_token(model, visible_keys) / 3 - (streams - 1) * (projections + attention)
+        flops += layer_flops_per_token(model, visible_keys, kept=kept) / 3 - (streams - 1) * (projections + attention)
     return flops
 
 
-def layer_flops_per_token(model: Model, visible_keys: float, frozen_trunk: bool = False) -> float:
+def layer_flops_per_token(model: Model, visible_keys: float, frozen_trunk: bool = False, kept: float | None = None) -> float:
     """The part of `flops_per_token` that is spent in the layers; recomputing them costs a third of it once more."""
+    share, strided = 1 / model.altup.stride if kept is None else kept, strided_layers(model)
+    whole = sum(_layer_flops(model, layer, visible_keys, frozen_trunk) for layer in range(model.layers) if layer not in strided)
+    # a document of n tokens has n s kept ones: (n s + 1) / 2 = s (n + 1) / 2 + (1 - s) / 2
+    return whole + sum(
+        share * _layer_flops(model, layer, share * visible_keys + (1 - share) / 2, frozen_trunk) for layer in strided
+    )
+
+
+def _layer_flops(model: Model, layer: int, visible_keys: float, frozen_trunk: bool) -> float:
+    """Of a token that the layer computes on."""
     assert model.head_dim
-    streams, blocks = model.streams.count, model.altup.blocks
+    streams, blocks, d = model.streams.count, model.altup.blocks, model.width
     keys = visible_keys + model.streams.prefix_tokens * (streams > 1)
-    each = 4 if frozen_trunk else 6
-    trunk = each * parameters(model).matmul_per_token + 12 * model.layers * model.heads * model.head_dim * keys
-    return streams * trunk + 6 * streams * blocks**2 * model.width * model.layers * (blocks > 1)
+    mixed = blocks**2 * d * (blocks > 1)
+    if blocks > 1 and model.altup.coefficients == "token":
+        mixed += 2 * blocks * d + blocks**3 + blocks**2
+    weights = (4 if frozen_trunk else 6) * _matmul_weights(model, layer)
+    return streams * (weights + 6 * mixed + 12 * model.heads * model.head_dim * keys)
 
 
 def mean_visible_keys(positions_mean: float, model: Model) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
+from megascale.config.size import strided_layers
 from megascale.kernels.attention import attention, flash_forward, merge_by_lse
 from megascale.model.exchange import Exchange, Split, identity
 from megascale.model.layers import RMSNorm, rotary_table, rotate
@@ -22,13 +23,51 @@ class Packing:
     sin: Tensor
     borders: Tensor
     longest: int
+    kept: Kept | None = None
+    """none but with Sequence-AltUp"""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Every k-th token of each document, T' of T; numbers of tokens and of kept tokens are int64."""
+
+    tokens: Tensor
+    """[T'], which are kept"""
+    place: Tensor
+    """[T, 1], where a token stands among the kept ones; T' for one that is not kept"""
+    group: Tensor
+    """[T], the kept token that a token follows: the last one up to it"""
+    members: Tensor
+    """[T', k], the tokens that follow a kept one, itself first; T where there are fewer than k"""
+    packing: Packing
+    """of the kept tokens by themselves"""
 
 
 def pack(positions: Tensor, documents: Tensor, model: Model) -> Packing:
     """The packing of a micro-batch from positions and document numbers, both [B, S]."""
     assert model.head_dim is not None
     table = rotary_table(positions.flatten(), model.head_dim, model.rotary)
-    return Packing(*table, document_borders(documents), documents.shape[1])
+    packing = Packing(*table, document_borders(documents), documents.shape[1])
+    return packing if model.altup.form != "sequence" else replace(packing, kept=keep(positions, packing, model.altup.stride))
+
+
+def keep(positions: Tensor, packing: Packing, stride: int) -> Kept:
+    """The tokens at multiples of the stride in their documents, of positions [B, S]. Meta tensors, which have no values (dry runs), count
+    as one document a sequence.
+    """
+    flat, longest = positions.flatten(), -(-positions.shape[1] // stride)
+    here = flat % stride == 0
+    if flat.is_meta:
+        tokens, borders = flat.new_empty(positions.shape[0] * longest), packing.borders
+    else:
+        tokens = here.nonzero().flatten()
+        borders = torch.cat([here.new_zeros(1), here]).cumsum(0)[packing.borders.long()].to(torch.int32)
+    group = here.cumsum(0) - 1
+    place = torch.where(here, group, tokens.numel())[:, None]
+    follows = tokens[:, None] + torch.arange(stride, device=flat.device)
+    ends = torch.cat([tokens, tokens.new_full((1,), flat.numel())])[1:, None]
+    members = torch.where(follows < ends, follows, flat.numel())
+    return Kept(tokens, place, group, members, Packing(packing.cos[tokens], packing.sin[tokens], borders, longest))
 
 
 def document_borders(documents: Tensor) -> Tensor:
@@ -46,20 +85,27 @@ def document_borders(documents: Tensor) -> Tensor:
 class KeyValueCache:
     """Keys and values of the tokens so far, one pair of [B, N, P*G, D] buffers a layer; [B, N, G, D] in the first one, where all
     streams share them. Prefixes are not stored: they are parameters.
+
+    A layer of Sequence-AltUp stores those of every k-th token.
     """
 
     def __init__(self, model: Model, batch: int, tokens: int, like: Tensor):
         assert model.kv_heads is not None and model.head_dim is not None
+        strided = strided_layers(model)
+        self.strides = [model.altup.stride if layer in strided else 1 for layer in range(model.layers)]
         heads = [model.kv_heads, *[model.streams.count * model.kv_heads] * (model.layers - 1)]
-        shapes = [(batch, tokens, count, model.head_dim) for count in heads]
+        shapes = [(batch, -(-tokens // k), count, model.head_dim) for k, count in zip(self.strides, heads, strict=True)]
         self.pairs = [(like.new_zeros(shape), like.new_zeros(shape)) for shape in shapes]
+        self.shifts: dict[int, Tensor] = {}
+        """layer -> [B, P, d], what the tokens up to the next stored one get from the last (Sequence-AltUp)"""
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, m, P*G, D] (see above) behind the tokens so far and return all of them; `length` moves once all layers have stored."""
-        stop = self.length + k.shape[1]
+        start = -(-self.length // self.strides[layer])
+        stop = start + k.shape[1]
         for buffer, new in zip(self.pairs[layer], (k, v), strict=True):
-            buffer[:, self.length : stop] = new
+            buffer[:, start:stop] = new
         return self.pairs[layer][0][:, :stop], self.pairs[layer][1][:, :stop]
 
 

@@ -1,6 +1,7 @@
 """The decoder: embedding, layers over the state [T, P, K, d], aggregation of the streams, head. Plain single-device PyTorch.
 
-B texts of S tokens, T = B*S; P streams, K blocks, d width, V vocabulary. P = E = K = 1 is exactly the plain decoder.
+B texts of S tokens, T = B*S; P streams, K blocks, d width, V vocabulary. P = E = K = 1 is exactly the plain decoder. With AltUp's wide form
+embedding, last norm and head are K*d wide.
 
 A pipeline stage is a decoder that lacks parts: other stages' layers, the embedding, or norm, aggregator and head. With sequence parallelism
 the state holds this rank's share of the tokens; tokens, positions, documents and labels are always those of the whole micro-batch.
@@ -16,15 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
+from megascale.config.size import end_width
+from megascale.model.altup import Blocks
 from megascale.model.attention import Attention, KeyValueCache, Packing, pack
 from megascale.model.exchange import Exchange, identity
 from megascale.model.layers import RMSNorm, SwiGLU
 from megascale.model.loss import IGNORED
 from megascale.model.origin import Draw, Origin, origin_of
 from megascale.model.reinforce import join_policies, reinforce
-from megascale.model.residual import AltUpResidual, SingleResidual, contract, expand
+from megascale.model.residual import blocks_of, contract, expand, residual_of
 from megascale.model.routing import Experts
 from megascale.model.streams import Aggregator, similarity
+from megascale.model.strided import SequenceResidual
 from megascale.model.vocabulary import Embedding, Head
 
 FP32_PARAMETERS = ("*norm.weight", "*.router.*", "*.residual.*")
@@ -56,36 +60,58 @@ class Layer(nn.Module):
         self.feed_forward_norm = RMSNorm(model.width, model.norm_eps)
         assert model.ffn_width is not None
         self.feed_forward = Experts(model) if is_routed(layer, model) else SwiGLU(model.width, model.ffn_width)
-        self.residual = AltUpResidual(model.altup, layer) if model.altup.blocks > 1 else SingleResidual()
+        self.residual = residual_of(model, layer)
+        if isinstance(self.residual, SequenceResidual) and model.sliding_window:
+            self.attention.window = -(-model.sliding_window // model.altup.stride)  # it counts kept tokens
 
-    def forward(self, state: Tensor, packing: Packing, origin: Origin) -> tuple[Tensor, dict[str, Tensor]]:
-        """The next state, and the router's report (empty for a dense layer)."""
-        block, kept = self.residual.read(state)
-        return self._finish(block, kept, self.attention(self.attention_norm(block), packing, origin.stream), origin)
+    def forward(
+        self, state: Tensor | Blocks, packing: Packing, origin: Origin, only_update: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The next state, or only what the residual makes it of (see `megascale.model.residual`), and the router's report (empty for a
+        dense layer). The state may come as its blocks.
+        """
+        blocks = blocks_of(state) if isinstance(state, Tensor) else state
+        block = self.residual.read(blocks, packing)
+        here, there = self._tokens(packing, origin)
+        update, report = self._finish(block, self.attention(self.attention_norm(block), here, there.stream), there)
+        return (update if only_update else self.residual(blocks, update, packing)), report
 
     def decode(self, state: Tensor, packing: Packing, origin: Origin, cache: KeyValueCache, layer: int) -> Tensor:
         """`forward` for the next tokens of cached texts."""
-        block, kept = self.residual.read(state)
-        return self._finish(block, kept, self.attention.decode(self.attention_norm(block), packing, cache, layer), origin)[0]
+        blocks, residual = blocks_of(state), self.residual
+        here, there = self._tokens(packing, origin)
+        if isinstance(residual, SequenceResidual) and not len(here.cos):
+            return residual.add(blocks[0], cache.shifts[layer])
+        block = residual.read(blocks, packing)
+        update, _ = self._finish(block, self.attention.decode(self.attention_norm(block), here, cache, layer), there)
+        if isinstance(residual, SequenceResidual):
+            batch = cache.pairs[layer][0].shape[0]
+            cache.shifts[layer] = residual.shift(block, update).unflatten(0, (batch, -1))[:, -1]
+        return residual(blocks, update, packing)
 
-    def _finish(self, block: Tensor, kept: Any, attention: Tensor, origin: Origin) -> tuple[Tensor, dict[str, Tensor]]:
+    def _tokens(self, packing: Packing, origin: Origin) -> tuple[Packing, Origin]:
+        """Of the tokens that the layer computes on."""
+        if not isinstance(self.residual, SequenceResidual):
+            return packing, origin
+        assert packing.kept is not None
+        return packing.kept.packing, origin.take(packing.kept.tokens)
+
+    def _finish(self, block: Tensor, attention: Tensor, origin: Origin) -> tuple[Tensor, dict[str, Tensor]]:
         attended = block + attention
         normed, report = self.feed_forward_norm(attended), {}
         if isinstance(self.feed_forward, Experts):
             fed, report = self.feed_forward(normed, origin)
         else:
             fed = self.feed_forward(normed)
-        return self.residual.write(kept, attended, attention, fed), report
+        return self.residual.combine(attended, attention, fed), report
 
 
 def _run_layer(layer: Layer, state: Tensor, packing: Packing, origin: Origin) -> tuple[Tensor, dict[str, Tensor]]:
     return layer(state, packing, origin)
 
 
-def _run_streams(
-    decoder: Decoder, state: Tensor, packing: Packing, origin: Origin, watch: Callable[[str, Tensor], None] | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    return decoder.run(state, packing, origin, watch)
+def _run_streams(decoder: Decoder, state: Tensor, packing: Packing, origin: Origin) -> tuple[Tensor, dict[str, Tensor]]:
+    return decoder.run(state, packing, origin)
 
 
 @dataclass(frozen=True)
@@ -126,19 +152,20 @@ class Decoder(nn.Module):
         self.run_layer: Callable[[Any, Tensor, Packing, Origin], tuple[Tensor, dict[str, Tensor]]] = _run_layer
         self.run_streams = _run_streams
         self.share_tokens: Exchange = identity
-        self.embedding = Embedding(model.vocab_size, model.width)
+        ends = end_width(model)
+        self.embedding = Embedding(model.vocab_size, ends)
         self.layers = nn.ModuleDict({str(i): Layer(model, i) for i in range(model.layers)})
-        self.norm = RMSNorm(model.width, model.norm_eps)
+        self.norm = RMSNorm(ends, model.norm_eps)
         streams = model.streams
-        self.aggregator = Aggregator(model.width, streams.count, streams.smoothing) if streams.count > 1 else None
-        self.head = Head(model.vocab_size, model.width)
+        self.aggregator = Aggregator(ends, streams.count, streams.smoothing, model.width) if streams.count > 1 else None
+        self.head = Head(model.vocab_size, ends)
         if model.tie_embeddings:
             self.head.weight = self.embedding.weight
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The state [T, 1, K, d] before the first layer, of tokens [B, S]: the streams do not differ yet."""
         assert self.embedding is not None, "the first stage has the embedding"
-        return expand(self.embedding(tokens.flatten()), 1, self.config.altup.blocks)
+        return expand(self.embedding(tokens.flatten()), 1, self.config)
 
     def run(
         self, state: Tensor, packing: Packing, origin: Origin, watch: Callable[[str, Tensor], None] | None = None
@@ -166,7 +193,7 @@ class Decoder(nn.Module):
     def last_states(self, state: Tensor) -> Tensor:
         """The streams' final states [T, P, d], behind the norm."""
         assert self.norm is not None, "the last stage has the norm"
-        return self.norm(contract(state))
+        return self.norm(contract(state, self.config))
 
     def aggregate(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `join`; of the streams' final states [T, P, d]."""
@@ -195,7 +222,6 @@ class Decoder(nn.Module):
         documents: Tensor,
         labels: Tensor,
         scale: Tensor,
-        watch: Callable[[str, Tensor], None] | None = None,
         draw: Draw = NO_DRAW,
         policies: Tensor | None = None,
     ) -> tuple[Tensor, Losses]:
@@ -206,7 +232,7 @@ class Decoder(nn.Module):
         """
         state = self.embed(tokens) if state is None else state
         packing, origin = pack(positions, documents, self.config), origin_of(tokens, draw, self.share_tokens)
-        state, reports = self.run_streams(self, state, packing, origin, watch)
+        state, reports = self.run_streams(self, state, packing, origin)
         auxiliary = {key: reports.pop(key) for key in AUXILIARY if key in reports}
         routed = [layer for layer in range(self.config.layers) if is_routed(layer, self.config)]
         found = {layer: reports.pop(name) for layer in routed if (name := f"{layer_metrics(layer)}/policy") in reports}

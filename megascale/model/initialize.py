@@ -19,6 +19,8 @@ QUIET = (".prefix_v", ".prefix_network.value.weight", "aggregator.mix.weight")
 """What starts as zeros with `prefix_start: quiet`: values, which then add nothing, and the aggregator's last layer, whose result then is
 the plain mean of the streams. Keys stay random: they make the streams differ, and all of these have gradients within two steps. On a
 trained trunk something is added to the keys besides (`megascale.train.quiet`)."""
+ONES = ("norm.weight", "residual.modality_norm")
+"""Ends of the names of parameters that start as ones."""
 
 ROWS = 256
 """Rows of a matrix drawn from one generator; a rank that holds some rows draws only the blocks it needs."""
@@ -50,9 +52,12 @@ def normal_rectangle(seed: int, name: str, shape: Shape, std: float, offsets: Sh
 def initial_std(name: str, model: Model) -> float | None:
     """Standard deviation of a parameter's initial weights; none for constants (norms 1, biases and AltUp 0).
 
-    Projections back into the residual are divided by sqrt(2 L), so that its variance does not grow with depth (GPT-2).
+    Projections back into the residual are divided by sqrt(2 L), so that its variance does not grow with depth (GPT-2). AltUp's
+    modalities are tanh(W n / d) of normalised tokens n: sqrt(d) makes them of order one.
     """
-    if name.endswith(("norm.weight", "bias")) or ".residual." in name:
+    if name.endswith(".residual.modality"):
+        return math.sqrt(model.width)
+    if name.endswith((*ONES, "bias")) or ".residual." in name:
         return None
     if model.streams.prefix_start == "quiet" and name.endswith(QUIET):
         return None
@@ -80,7 +85,7 @@ def fill(parameter: Tensor, name: str, model: Model, seed: int, shape: Shape, of
     std = initial_std(name, model)
     if std is not None:
         parameter.copy_(normal_rectangle(seed, name, shape, std, offsets, tuple(parameter.shape)))
-    elif name.endswith("norm.weight"):
+    elif name.endswith(ONES):
         parameter.fill_(1)
     else:
         parameter.zero_()

@@ -44,6 +44,10 @@ class Origin:
         """For a pass with this stream alone."""
         return replace(self, stream=self.key.new_full((1,), number))
 
+    def take(self, tokens: Tensor) -> Origin:
+        """Of some of the tokens, by their numbers."""
+        return replace(self, ids=self.ids[tokens], counter=self.counter[tokens])
+
     def draws(self, streams: int, number: int) -> Tensor:
         """Uniform numbers in [0, 1), fp64 [T, P, number], keyed by (seed, step, layer, sample, position, stream, which of them).
 

@@ -49,10 +49,10 @@ class Aggregator(nn.Module):
     the published checkpoints order them hidden-major (column j*P + p), which import and export permute.
     """
 
-    def __init__(self, width: int, streams: int, smoothing: float):
+    def __init__(self, width: int, streams: int, smoothing: float, hidden: int | None = None):
         super().__init__()
-        self.hidden = nn.Linear(streams * width, width)
-        self.mix = nn.Linear(width, streams)
+        self.hidden = nn.Linear(streams * width, hidden or width)
+        self.mix = nn.Linear(hidden or width, streams)
         self.smoothing = smoothing
         self.merge_streams: Exchange = identity
 

@@ -26,6 +26,7 @@ Feature = Literal[
     "s_base",
     "rl_r",
     "altup",
+    "blocks",
     "accelerator",
     "known_peak",
     "cpu",
@@ -123,7 +124,12 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         "AltUp",
         (
-            Panel("Divergence of the blocks, by layer", ("altup/layer_{layer}/divergence",), needs="altup"),
+            Panel("Divergence of the blocks, by layer", ("altup/layer_{layer}/divergence",), needs="blocks"),
+            Panel(
+                "Gain of the mixes, by layer",
+                ("altup/layer_{layer}/forward_gain", "altup/layer_{layer}/backward_gain"),
+                needs="blocks",
+            ),
             Panel("Correction gain", ("altup/gain",), needs="altup"),
         ),
     ),
@@ -186,7 +192,8 @@ def run_features(config: Config, on_accelerator: bool, peak_known: bool) -> froz
         "phases": len(config.schedule.phases) > 1,
         "experts": config.model.experts.count > 1,
         **_routing_features(config.model.experts),
-        "altup": config.model.altup.blocks > 1,
+        "altup": config.model.altup.blocks > 1 or config.model.altup.form == "sequence",
+        "blocks": config.model.altup.blocks > 1,
         "accelerator": on_accelerator,
         "cpu": not on_accelerator,
         "known_peak": peak_known,

@@ -26,7 +26,6 @@ from megascale.parallel.mesh import DATA, Mesh
 
 Observe = Callable[[Losses, float], None]
 """Sees the losses of a micro-batch on a stage, and the micro-batch's share of the step's loss tokens."""
-Watch = Callable[[str, Tensor], None]
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -192,8 +191,8 @@ class Stages:
         return torch.zeros(tokens, model.streams.count, routed, NUMBERS, device=device).requires_grad_()
 
     @torch.no_grad()
-    def evaluate(self, batch: MicroBatch, watch: Watch | None = None) -> Tensor | None:
-        """The token losses [tokens of the batch] on the ranks of the last stage; none on the others. `watch` sees the layers here."""
+    def evaluate(self, batch: MicroBatch) -> Tensor | None:
+        """The token losses [tokens of the batch] on the ranks of the last stage; none on the others."""
         device = self.mesh.world.device.torch
         here, one = batch.to(device), torch.ones((), device=device)
         pipeline = self.mesh.along("pp")
@@ -203,7 +202,7 @@ class Stages:
             if stage > 0:
                 state = self._empty_state(batch.tokens.numel(), device)
                 dist.recv(state, pipeline[(stage - 1) % len(pipeline)], self.mesh.group(pipeline))
-            state, losses = decoder.advance(state, here.tokens, here.positions, here.documents, here.labels, one, watch)
+            state, losses = decoder.advance(state, here.tokens, here.positions, here.documents, here.labels, one)
             if losses.token_losses is None:
                 dist.send(state.contiguous(), pipeline[(stage + 1) % len(pipeline)], self.mesh.group(pipeline))
             token_losses = losses.token_losses

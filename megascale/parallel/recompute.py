@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from megascale.model.attention import Packing
 from megascale.model.decoder import Decoder, Layer
 from megascale.model.origin import Origin
 from megascale.model.streams import join_reports
+from megascale.parallel.rebuild import rebuild_states
 
 
 def _recomputed_layer(layer: Layer, state: Tensor, packing: Packing, origin: Origin) -> tuple[Tensor, dict[str, Any]]:
@@ -20,17 +20,14 @@ def _recomputed_layer(layer: Layer, state: Tensor, packing: Packing, origin: Ori
     return checkpoint(layer, state, packing, origin, use_reentrant=False, preserve_rng_state=False)
 
 
-def _stream_by_stream(
-    decoder: Decoder, state: Tensor, packing: Packing, origin: Origin, watch: Callable[[str, Tensor], None] | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _stream_by_stream(decoder: Decoder, state: Tensor, packing: Packing, origin: Origin) -> tuple[Tensor, dict[str, Tensor]]:
     """`Decoder.run` for one stream after the other; of each, its last state is kept.
 
     Exact: streams meet in the aggregator alone, routers count each stream by itself and draw by its number. The backward pass takes the
     streams last to first, and runs each again before its own (as gradient caching does, arXiv 2101.06983), on all ranks in that order.
     """
     if not torch.is_grad_enabled():  # nothing is kept anyway
-        return decoder.run(state, packing, origin, watch)
-    assert watch is None, "layers are watched in evaluation"
+        return decoder.run(state, packing, origin)
     count = decoder.config.streams.count
     # split: its backward puts the gradients together once, that of an index would fill a P-wide zero tensor for each stream
     inputs = [state] * count if state.shape[1] == 1 else state.split(1, 1)
@@ -44,11 +41,15 @@ def _stream_by_stream(
     return torch.cat(states, 1), join_reports(reports)
 
 
-def apply_recompute(decoder: Decoder, mode: str) -> None:
-    """Set what a stage keeps for the backward pass, in place; `mode` is `parallel.recompute`. A phase with one stream keeps everything in
-    the mode `stream`: that is the memory it asks for.
+def apply_recompute(decoder: Decoder, mode: str, rebuilds: bool = True) -> None:
+    """Set what a stage keeps for the backward pass, in place. A phase with one stream keeps everything in the mode `stream`: that is the
+    memory it asks for.
+
+    Args:
+        mode: `parallel.recompute`.
+        rebuilds: whether the states of K residual blocks may be rebuilt where that saves memory (`megascale.parallel.rebuild`).
     """
-    if mode == "layer":
+    if mode == "layer" and (not rebuilds or not rebuild_states(decoder)):
         decoder.run_layer = _recomputed_layer
     elif mode == "stream" and decoder.config.streams.count > 1:
         decoder.run_streams = _stream_by_stream

@@ -113,7 +113,8 @@ def build_stages(config: Config, mesh: Mesh) -> tuple[Stages, dict[str, nn.Param
         placements |= (here := shard(decoder, mesh))
         materialise(decoder, here, config.run.seed, mesh.world.device.torch)
         apply(decoder, config.model, mesh)
-        apply_recompute(decoder, config.parallel.recompute)
+        # ZeRO 3 gathers weights in the order of the forward pass, which rebuilding does not keep to
+        apply_recompute(decoder, config.parallel.recompute, rebuilds=zero_stage_of(config, mesh.world.size) != 3)
         parameters |= named_parameters(decoder)
         decoders[stage] = decoder
     return Stages(decoders, config, mesh), parameters, placements

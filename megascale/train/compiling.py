@@ -11,6 +11,7 @@ import torch
 from megascale.config.errors import InputError
 from megascale.model.decoder import Decoder
 from megascale.model.loss import LossKernels
+from megascale.parallel.rebuild import RebuiltLayers
 
 
 def missing_compiler(device: torch.device) -> str | None:
@@ -20,6 +21,13 @@ def missing_compiler(device: torch.device) -> str | None:
     if device.type != "cpu" and not torch.utils._triton.has_triton():
         return "triton does not work here"
     return None
+
+
+def keep_graph_order() -> None:
+    """Graphs of one function are tried in the order of their compilation, not the last used first: a recomputed layer must meet the graph
+    of its forward pass again, not a more general one that other layers or micro-batches have used meanwhile (pytorch issue 166926).
+    """
+    torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]
 
 
 def compile_layers(
@@ -38,9 +46,12 @@ def compile_layers(
     if missing:
         say(f"training eagerly: {missing}")
         return
+    keep_graph_order()
     # one entry per (kind of layer, computed block, training or not), and a second one when a batch ramp changes the shapes
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for decoder in decoders:
         for layer in decoder.layers.values():
             layer.compile()
+        if isinstance(decoder.run_layer, RebuiltLayers):
+            decoder.run_layer.compile(decoder)
     LossKernels.compile()

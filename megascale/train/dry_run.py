@@ -6,6 +6,7 @@ One rank of each pipeline rank runs in turn, its peers are like it. What only da
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -121,7 +122,7 @@ def dry_run(config_file: Path, overrides: Sequence[str], world: int) -> DryRun:
         pipeline_bubble(layout.sizes["pp"], config.batch.micro_batches, virtual_stages),
         parameters(config.model).total,
         active_parameters(config.model),
-        flops_per_token(config.model, keys, bool(frozen)) * tokens,
+        flops_per_token(config.model, keys, bool(frozen), math.ceil(length / config.model.altup.stride) / length) * tokens,
         reports,
         _assumed(config, data, length, zero),
         warnings,

@@ -176,7 +176,7 @@ class Trainer:
         batch: StepBatch = next(batches)
         data_seconds = time.perf_counter() - started
         counts = self.mesh.sum(self._counts(batch.micro_batches), *DATA)
-        loss_tokens, (positions, all_tokens) = counts[:-2], counts[-2:].tolist()
+        loss_tokens, (positions, kept, all_tokens) = counts[:-3], counts[-3:].tolist()
         step_tokens = int(loss_tokens.sum())
         tally = self._gradients(batch, (loss_tokens / step_tokens).tolist(), step_tokens)
         norm = self.engine.gradient_norm()
@@ -189,10 +189,11 @@ class Trainer:
         seconds = time.perf_counter() - started
 
         keys = mean_visible_keys(positions / all_tokens, self.config.model)
-        frozen = bool(self.parts.frozen)
-        flops = flops_per_token(self.config.model, keys, frozen) * step_tokens
-        flops_hardware = hardware_flops_per_token(self.config.model, keys, self.config.parallel.recompute, frozen) * step_tokens
-        flops_full = flops_per_token(self.config.model, float(self.config.data.sequence_length), frozen) * step_tokens
+        frozen, kept = bool(self.parts.frozen), kept / all_tokens
+        flops = flops_per_token(self.config.model, keys, frozen, kept) * step_tokens
+        mode = self.config.parallel.recompute
+        flops_hardware = hardware_flops_per_token(self.config.model, keys, mode, frozen, kept) * step_tokens
+        flops_full = flops_per_token(self.config.model, float(self.config.data.sequence_length), frozen, kept) * step_tokens
         progress = self.progress
         progress.step, progress.sequences = batch.step, batch.consumed
         progress.tokens += step_tokens
@@ -216,12 +217,14 @@ class Trainer:
             "guard/skipped_steps": progress.skipped_steps,
         }
 
-    @staticmethod
-    def _counts(micro_batches: list[MicroBatch]) -> torch.Tensor:
-        """Loss tokens of each micro-batch, the sum of positions, and all tokens; exact in fp64, so that no rank count changes them."""
+    def _counts(self, micro_batches: list[MicroBatch]) -> torch.Tensor:
+        """Loss tokens of each micro-batch, the sum of positions, the tokens at multiples of AltUp's stride, and all tokens; exact in fp64,
+        so that no rank count changes them.
+        """
         positions = sum(int(batch.positions.sum()) for batch in micro_batches)
+        kept = sum(int((batch.positions % self.config.model.altup.stride == 0).sum()) for batch in micro_batches)
         tokens = sum(batch.tokens.numel() for batch in micro_batches)
-        return torch.tensor([*(batch.loss_tokens for batch in micro_batches), positions, tokens], dtype=torch.float64)
+        return torch.tensor([*(batch.loss_tokens for batch in micro_batches), positions, kept, tokens], dtype=torch.float64)
 
     def _gradients(self, batch: StepBatch, shares: list[float], step_tokens: int) -> Tally:
         """Forward and backward of all micro-batches. The token losses are divided by the step's count, known before the first backward."""

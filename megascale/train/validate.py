@@ -6,15 +6,14 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megascale.config.schema import Config
 from megascale.data.batches import SequenceSet
 from megascale.data.open_data import OpenData
 from megascale.model.loss import IGNORED
-from megascale.model.residual import AltUpResidual
 from megascale.parallel.mesh import DATA, Mesh
 from megascale.parallel.pipeline import Stages
+from megascale.train.altup_health import altup_health
 
 BATCH = 16
 """Sequences of one forward pass. Rows are independent, so it does not change the result."""
@@ -49,30 +48,6 @@ def held_out_loss(
     return result
 
 
-@torch.no_grad()
-def block_divergence(stages: Stages, sequences: SequenceSet, layers: int, mesh: Mesh) -> dict[str, float]:
-    """AltUp's health on one held-out sequence: per layer, |x_i - mean| / |mean| over the K blocks; and the mean correction gain."""
-    # by layer: squares of the difference and of the mean, sum and number of the gains; every rank adds its part
-    sums = torch.zeros(layers, 4, dtype=torch.float64)
-
-    def watch(name: str, state: Tensor) -> None:
-        wide = state.float()
-        mean = wide.mean(2, keepdim=True)
-        sums[int(name), 0] = float((wide - mean).square().sum()) / wide.shape[2]
-        sums[int(name), 1] = float(mean.square().sum())
-
-    stages.evaluate(sequences.sequences(range(1)), watch)
-    for decoder in stages.modules():
-        for name, layer in decoder.layers.items():
-            if isinstance(layer.residual, AltUpResidual):
-                gains = 1 + layer.residual.correct
-                sums[int(name), 2], sums[int(name), 3] = float(gains.sum()), gains.numel()
-    difference, mean, gain, number = mesh.world.sum(sums).T
-    divergence = (difference / mean).sqrt().tolist()
-    metrics = {f"altup/layer_{layer:02d}/divergence": value for layer, value in enumerate(divergence)}
-    return metrics | {"altup/gain": float(gain.sum() / number.sum())}
-
-
 def validate(stages: Stages, data: OpenData, config: Config, mesh: Mesh) -> dict[str, float]:
     """The val/* metrics of all sources and, with K > 1, AltUp's."""
     metrics: dict[str, float] = {}
@@ -80,7 +55,7 @@ def validate(stages: Stages, data: OpenData, config: Config, mesh: Mesh) -> dict
     for name, sequences in data.validation.items():
         result = held_out_loss(stages, sequences, config.validation.sequences, data.token_bytes, mesh)
         metrics |= {f"val/{name}/{key}": value for key, value in result.items() if key != "tokens"}
-    if config.model.altup.blocks > 1 and data.validation:
-        metrics |= block_divergence(stages, next(iter(data.validation.values())), config.model.layers, mesh)
+    if (config.model.altup.blocks > 1 or config.model.altup.form == "sequence") and data.validation:
+        metrics |= altup_health(stages, next(iter(data.validation.values())), config.model, mesh)
     stages.train(True)
     return metrics

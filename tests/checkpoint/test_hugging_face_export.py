@@ -30,6 +30,7 @@ from tiny import tiny_decoder, tiny_model
 
 P2: dict[str, Any] = {"streams": {"count": 2, "prefix_tokens": 3}}
 K3: dict[str, Any] = {"altup": {"blocks": 3}}
+WIDE: dict[str, Any] = {"blocks": 3, "form": "wide"}
 
 
 def experts(router: str = "softmax", **settings: Any) -> dict[str, Any]:
@@ -48,6 +49,20 @@ COMPOSITIONS: dict[str, dict[str, Any]] = {
     },
     "K = 3": K3,
     "K = 2, same block, predicted": {"altup": {"blocks": 2, "select": "same", "read": "predicted"}},
+    "K = 2, by token, tied": {"altup": {"blocks": 2, "coefficients": "token"}, "tie_embeddings": True},
+    "K = 3, by token, predicted": {"altup": {"blocks": 3, "coefficients": "token", "read": "predicted"}},
+    "K = 2, wide": {"altup": {"blocks": 2, "form": "wide"}},
+    "P x K, wide, by token, tied": {**P2, "altup": {**WIDE, "coefficients": "token"}, "tie_embeddings": True},
+    "K = 2, by period": {"layers": 4, "altup": {"blocks": 2, "select": "by_period"}, **experts(every=2, offset=1)},
+    "sequence": {"layers": 4, "altup": {"form": "sequence", "stride": 3}},
+    "P x sequence x E, window": {
+        **P2,
+        "layers": 4,
+        "head_dim": 10,
+        "sliding_window": 5,
+        "altup": {"form": "sequence", "stride": 2},
+        **experts("sigmoid"),
+    },
     "shared experts, every second layer": experts(shared=1, every=2, offset=1),
     "k = 1": experts(per_token=1),
     "sigmoid": experts("sigmoid"),
@@ -135,7 +150,9 @@ def test_transformers_computes_any_composition(name: str, tmp_path: Path) -> Non
         close(logits[1, 8:], expected[1, :11])
 
 
-@pytest.mark.parametrize("name", ["P = 2", "P x E x K", "P x hash x K", "P = 2, tied, q/k norm, window"])
+@pytest.mark.parametrize(
+    "name", ["P = 2", "P x E x K", "P x hash x K", "P = 2, tied, q/k norm, window", "P x sequence x E, window"]
+)
 def test_generate_continues_padded_texts_as_we_do(name: str, tmp_path: Path) -> None:
     decoder = random_decoder(tiny_model(**COMPOSITIONS[name]))
     export(decoder, tmp_path)
@@ -228,7 +245,7 @@ def test_plain_compositions_need_no_code(family: str, tmp_path: Path) -> None:
                 [{}, {"theta": 5e5}, {"scaling": "llama3", "factor": 8.0}, {"scaling": "yarn", "factor": 2.0}]
             ),
             "streams": st.sampled_from([{}, {"count": 2}, {"count": 4, "smoothing": 0.2}]),
-            "altup": st.sampled_from([{}, {"blocks": 2}]),
+            "altup": st.sampled_from([{}, {"blocks": 2}, {**WIDE, "coefficients": "token"}, {"form": "sequence"}]),
             "experts": st.sampled_from(
                 [{}, {"count": 4, "per_token": 2}, {"count": 4, "width": 8}, {"count": 2, "router": "hash"}]
             ),

@@ -51,7 +51,16 @@ models = st.builds(
             "router": st.sampled_from(["softmax", "sigmoid", "s_base", "rl_r", "hash"]),
         }
     ),
-    altup=st.fixed_dictionaries({"blocks": st.integers(1, 3)}),
+    altup=st.one_of(
+        st.fixed_dictionaries(
+            {
+                "blocks": st.integers(1, 3),
+                "form": st.sampled_from(["recycled", "wide"]),
+                "coefficients": st.sampled_from(["static", "token"]),
+            }
+        ),
+        st.just({"form": "sequence"}),
+    ),
 )
 
 
@@ -222,6 +231,37 @@ def test_flops_of_a_frozen_trunk_leave_out_its_weights_gradients() -> None:
 def test_blocks_cost_the_mix_alone() -> None:
     plain, wide = (flops_per_token(tiny_model(altup={"blocks": k}), 10) for k in (1, 3))
     assert wide - plain == 6 * 3**2 * 32 * 2
+
+
+def test_coefficients_of_the_token_cost_two_small_products_more() -> None:
+    static, token = (flops_per_token(tiny_model(altup={"blocks": 3, "coefficients": c}), 10) for c in ("static", "token"))
+    assert token - static == 6 * (2 * 3 * 32 + 3 * 3**2 + 3 * 3) * 2
+
+
+@pytest.mark.usefixtures("countable")
+@pytest.mark.parametrize("streams", [1, 3])
+def test_a_wide_head_and_aggregator_are_counted(streams: int) -> None:
+    """All but the mix, which the counter does not see."""
+    model = tiny_model(streams={"count": streams, "prefix_tokens": 5}, altup={"blocks": 2, "form": "wide"})
+    with FlopCounterMode(display=False) as counter:
+        loss = packed_batch([[24]]).losses(tiny_decoder(model)).lm
+        assert loss is not None
+        loss.backward()
+    assert counter.get_total_flops() == 24 * (flops_per_token(model, 24) - streams * 6 * 2**2 * 32 * 2)
+
+
+@pytest.mark.usefixtures("countable")
+@pytest.mark.parametrize("streams", [1, 3])
+def test_strided_layers_are_counted_for_kept_tokens(streams: int) -> None:
+    """One document of 24 tokens, every third kept; the counter sees all 24, or 8, keys."""
+    model = tiny_model(layers=4, streams={"count": streams, "prefix_tokens": 5}, altup={"form": "sequence", "stride": 3})
+    with FlopCounterMode(display=False) as counter:
+        loss = packed_batch([[24]]).losses(tiny_decoder(model)).lm
+        assert loss is not None
+        loss.backward()
+    # 24 tokens of 24 keys are an average document of 47 tokens; of its kept ones each would see 8 + 1/3
+    more = 2 * 12 * 4 * 8 * streams * (1 / 3) / 3
+    assert counter.get_total_flops() == pytest.approx(24 * (flops_per_token(model, 24) - more))
 
 
 def test_visible_keys_count_the_token_itself_and_stop_at_the_window() -> None:

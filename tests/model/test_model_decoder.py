@@ -21,6 +21,19 @@ FEATURES: dict[str, dict[str, Any]] = {
     "some layers routed": {"layers": 3, "experts": {"count": 4, "every": 2, "offset": 1}},
     "altup": {"altup": {"blocks": 2}},
     "gemma": {"altup": {"blocks": 3, "read": "predicted", "select": "same"}},
+    "by token": {"altup": {"blocks": 2, "coefficients": "token"}},
+    "wide": {
+        "streams": {"count": 2, "prefix_tokens": 5},
+        "altup": {"blocks": 2, "form": "wide", "coefficients": "token", "read": "predicted"},
+        "tie_embeddings": True,
+    },
+    "sequence": {
+        "layers": 4,
+        "streams": {"count": 2, "prefix_tokens": 5},
+        "experts": {"count": 4, "per_token": 2, "every": 2},
+        "altup": {"form": "sequence", "stride": 3},
+    },
+    "sequence with a window": {"layers": 3, "altup": {"form": "sequence", "stride": 2}, "sliding_window": 4},
     "all": {
         "streams": {"count": 2, "prefix_tokens": 5},
         "experts": {"count": 4, "per_token": 2},
@@ -125,7 +138,7 @@ def test_reports_are_named_by_layer_and_losses_are_summed() -> None:
     assert losses.auxiliary["balance"] > 1.9  # two layers of about one
 
 
-@pytest.mark.parametrize("name", ["qwen", "all"])
+@pytest.mark.parametrize("name", ["qwen", "all", "wide", "sequence"])
 def test_the_compiled_layers_agree(name: str) -> None:
     torch._dynamo.reset()
     batch, results = packed_batch([[5, 7], [12]]), []

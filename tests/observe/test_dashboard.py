@@ -72,6 +72,15 @@ def test_a_plain_cpu_run_needs_no_metric_of_absent_features() -> None:
     assert missing_panels(plain - {"data/epoch/stdlib"}, features) == ["Data: Epoch of each source: data/epoch/{source}"]
 
 
+def test_sequence_altup_has_a_gain_but_no_blocks_to_compare() -> None:
+    config = Config(model=Model(altup=AltUp(form="sequence")), validation=Validation(every=0))
+    features = run_features(config, on_accelerator=False, peak_known=False)
+    assert features == {"cpu", "altup"}
+    assert [line for line in missing_panels(LOGGED - {"altup/gain"}, features) if "AltUp" in line] == [
+        "AltUp: Correction gain: altup/gain"
+    ]
+
+
 @pytest.mark.parametrize("router", get_args(Experts.model_fields["router"].annotation))
 def test_a_routed_run_needs_the_metrics_of_its_router_only(router: str) -> None:
     config = Config(model=Model(experts=Experts(count=4, router=router)))

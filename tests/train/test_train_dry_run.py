@@ -43,6 +43,14 @@ LAYOUTS = {
     "tp4": (4, "parallel={tp: 4, zero_stage: 0}"),
     "pp2-tp2-ep2": (4, "parallel={pp: 2, tp: 2, ep: 2, zero_stage: 0}", "precision=bf16"),
     "pp2-tp2-dp2": (8, "parallel={pp: 2, tp: 2, ep: 4, zero_stage: 0}"),
+    "wide blocks": (4, "parallel={pp: 2, tp: 2, zero_stage: 0}", "model.altup={blocks: 2, form: wide, coefficients: token}"),
+    "rebuilt states": (
+        4,
+        "parallel={pp: 2, tp: 2, zero_stage: 0, recompute: layer}",
+        "model.layers=16",
+        "model.altup={blocks: 8}",
+    ),
+    "sequence": (4, "parallel={pp: 2, zero_stage: 0}", "model.altup={form: sequence}"),
     "pp2-interleaved": (
         4,
         "parallel={pp: 2, schedule: interleaved, virtual_stages: 2, zero_stage: 0}",

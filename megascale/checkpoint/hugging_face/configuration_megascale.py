@@ -54,7 +54,7 @@ class ParScaleConfig(MegascaleConfig):
                 "rotary": {"theta": theta, "scaling": "none"},
                 "streams": {"count": parscale_n, "prefix_tokens": parscale_n_tokens, "smoothing": parscale_attn_smooth},
                 "experts": {"count": 1},
-                "altup": {"blocks": 1},
+                "altup": {"blocks": 1, "form": "recycled"},
             }
         super().__init__(settings or None, **kwargs)
         self.parscale_n, self.parscale_n_tokens, self.parscale_attn_smooth = parscale_n, parscale_n_tokens, parscale_attn_smooth

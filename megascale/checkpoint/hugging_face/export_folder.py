@@ -33,13 +33,13 @@ from megascale.checkpoint.load import CheckpointReader
 from megascale.checkpoint.weights import check_weights
 from megascale.config.schema import Model
 
-CODE = ("configuration_megascale", "modeling_megascale")
+CODE = ("configuration_megascale", "modeling_megascale", "residual_megascale")
 _MAPPED = 32 * 2**20
 _CLASSES = {
     MEGASCALE.model_type: ("MegascaleConfig", "MegascaleForCausalLM"),
     PARSCALE.model_type: ("ParScaleConfig", "Qwen2ParScaleForCausalLM"),
 }
-"""What of CODE config.json names, for the families that transformers has no class for."""
+"""What of the first two files of CODE config.json names, for the families that transformers has no class for."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def export_checkpoint(reader: CheckpointReader, export: Export, target: Path) ->
         files = write_tensors(folder, [source.planned(piece) for piece in pieces], export.largest)
         assert source.read == Counter(piece.theirs for piece in pieces), "each tensor is written once"
         if family.custom_code:
-            classes = [f"{file}.{name}" for file, name in zip(CODE, _CLASSES[family.model_type], strict=True)]
+            classes = [f"{file}.{name}" for file, name in zip(CODE, _CLASSES[family.model_type], strict=False)]
             values["auto_map"] = dict(zip(("AutoConfig", "AutoModelForCausalLM"), classes, strict=True))
             for file in CODE:
                 shutil.copyfile(Path(__file__).with_name(f"{file}.py"), folder / f"{file}.py")

@@ -199,7 +199,7 @@ MEGASCALE = Family(
         },
         **{f"{_OURS}feed_forward.{x}": f"{_THEIRS}mlp.experts.{x}_proj" for x in _PARTS},
         **{f"{_OURS}feed_forward.shared.{x}.weight": f"{_THEIRS}mlp.shared_expert.{x}_proj.weight" for x in _PARTS},
-        **{f"{_OURS}residual.{x}": f"{_THEIRS}altup.{x}" for x in ("predict", "correct")},
+        **{f"{_OURS}residual.{x}": f"{_THEIRS}altup.{x}" for x in ("predict", "correct", "modality", "modality_norm")},
     },
     custom_code=True,
 )

@@ -1,8 +1,8 @@
 """A megascale model for transformers: ParScale streams, routed experts and AltUp blocks in any composition.
 
-This file and configuration_megascale.py lie beside exported weights and need torch and transformers only; load the folder with
-`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`. They compute what megascale computes in evaluation, for generation
-and plain fine-tuning; losses that balance experts are not part of it.
+This file, configuration_megascale.py and residual_megascale.py lie beside exported weights and need torch and transformers only; load
+the folder with `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`. They compute what megascale computes in evaluation,
+for generation and plain fine-tuning; losses that balance experts are not part of it.
 
 B texts, S new tokens, N tokens so far with the new ones, P streams, K blocks, d width, H query heads, G key/value heads, D head width,
 n prefix slots. Streams are folded into heads: head p*H + h belongs to stream p, so that every cache of transformers holds them.
@@ -17,6 +17,7 @@ from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTra
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_megascale import MegascaleConfig, ParScaleConfig, rotary_frequencies
+from .residual_megascale import AltUp, Groups, SequenceAltUp
 
 Table = tuple[Tensor, Tensor]
 """cos and sin [B, 1, S, D/2] of the tokens' positions"""
@@ -65,13 +66,16 @@ class Attention(nn.Module):
             shape = (self.streams, m["kv_heads"], m["streams"]["prefix_tokens"], self.head_dim)
             self.prefix_k, self.prefix_v = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
 
-    def forward(self, x: Tensor, table: Table, visible: Tensor, cache: Any) -> Tensor:
+    def forward(self, x: Tensor, table: Table, visible: Tensor, cache: Any, room: int = 0) -> Tensor:
+        """`room`: heads that the cached values have beside these."""
         batch, new = x.shape[:2]
         heads = (batch, new, -1, self.head_dim)
         q, k, v = (project(x).view(heads).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
+            heads = v.shape[1]
+            k, v = cache.update(k, torch.cat([v, v.new_zeros(batch, room, new, self.head_dim)], 1), self.layer)
+            v = v[:, :heads]
         if self.streams > 1:
             pairs = ((self.prefix_k, k), (self.prefix_v, v))
             k, v = (torch.cat([prefix.flatten(0, 1).expand(batch, -1, -1, -1).to(y.dtype), y], 2) for prefix, y in pairs)
@@ -153,31 +157,6 @@ class RoutedFeedForward(nn.Module):
         return result.view_as(x)
 
 
-class AltUp(nn.Module):
-    """Coefficients of AltUp's prediction and correction, less the identity (arXiv 2301.13310, Algorithm 1)."""
-
-    def __init__(self, m: dict[str, Any], layer: int):
-        super().__init__()
-        blocks = m["altup"]["blocks"]
-        self.predict, self.correct = nn.Parameter(torch.zeros(blocks, blocks)), nn.Parameter(torch.zeros(blocks))
-        self.computed = layer % blocks if m["altup"]["select"] == "alternating" else 0
-        self.reads_predicted = m["altup"]["read"] == "predicted"
-
-    def predictions(self, blocks: list[Tensor]) -> list[Tensor]:
-        """What the prediction adds to each block, in fp32."""
-        return [
-            sum((c * block.float() for c, block in zip(row, blocks, strict=True)), torch.zeros(()))
-            for row in self.predict.float()
-        ]
-
-    def write(self, blocks: list[Tensor], predictions: list[Tensor], update: Tensor) -> list[Tensor]:
-        """The next blocks from the layer's update, attention + feed-forward."""
-        if not self.reads_predicted:
-            update = update - predictions[self.computed]
-        parts = zip(blocks, predictions, self.correct.float(), strict=True)
-        return [(block + predicted + (1 + c) * update).to(block.dtype) for block, predicted, c in parts]
-
-
 class Layer(nn.Module):
     """One decoder layer on one of K blocks [B, S, P, d]."""
 
@@ -188,20 +167,42 @@ class Layer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = (RMSNorm(m["width"], m["norm_eps"]) for _ in range(2))
         self.self_attn = Attention(m, layer)
         self.mlp = RoutedFeedForward(m) if routed else SwiGLU(m["width"], m["ffn_width"])
-        self.altup = AltUp(m, layer) if m["altup"]["blocks"] > 1 else None
+        self.altup: AltUp | SequenceAltUp | None = None
+        if m["altup"]["blocks"] > 1:
+            self.altup = AltUp(m, layer)
+        elif m["altup"]["form"] == "sequence" and 0 < layer < m["layers"] - 1:
+            self.altup = SequenceAltUp(m, layer)
 
-    def forward(self, blocks: list[Tensor], ids: Tensor, table: Table, visible: Tensor, cache: Any) -> list[Tensor]:
-        predictions = [] if self.altup is None else self.altup.predictions(blocks)
-        x = blocks[0] if self.altup is None else blocks[self.altup.computed]
-        if self.altup is not None and self.altup.reads_predicted:
-            x = (x + predictions[self.altup.computed]).to(x.dtype)
-        attention = self.self_attn(self.input_layernorm(x), table, visible, cache)
+    def forward(
+        self, blocks: list[Tensor], ids: Tensor, table: Table, visible: Tensor, groups: Groups | None, cache: Any
+    ) -> list[Tensor]:
+        if isinstance(self.altup, AltUp):
+            prediction = self.altup.prediction(blocks)
+            _, attention, fed = self.halves(self.altup.read(blocks, prediction), ids, table, visible, cache)
+            return self.altup.write(blocks, prediction, attention + fed)
+        (x,) = blocks
+        if isinstance(self.altup, SequenceAltUp):
+            assert groups is not None
+            room = self.altup.room(x.shape[2])
+            _, attention, fed = self.halves(x, ids, table, groups.visible(visible), cache, room)
+            return [self.altup(x, attention + fed, groups, cache)]
+        attended, _, fed = self.halves(x, ids, table, visible, cache)
+        return [attended + fed]
+
+    def halves(
+        self, x: Tensor, ids: Tensor, table: Table, visible: Tensor, cache: Any, room: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x + attention, attention and feed-forward, of x [B, S, P, d]."""
+        attention = self.self_attn(self.input_layernorm(x), table, visible, cache, room)
         attended = x + attention
         normed = self.post_attention_layernorm(attended)
         fed = self.mlp(normed, ids) if isinstance(self.mlp, RoutedFeedForward) else self.mlp(normed)
-        if self.altup is None:
-            return [attended + fed]
-        return self.altup.write(blocks, predictions, attention.float() + fed.float())
+        return attended, attention, fed
+
+
+def end_width(m: dict[str, Any]) -> int:
+    """Width of embedding, last norm and head: K*d of AltUp's wide form."""
+    return m["width"] * (m["altup"]["blocks"] if m["altup"]["form"] == "wide" else 1)
 
 
 class Trunk(nn.Module):
@@ -210,21 +211,24 @@ class Trunk(nn.Module):
     def __init__(self, m: dict[str, Any]):
         super().__init__()
         self.m = m
-        self.embed_tokens = nn.Embedding(m["vocab_size"], m["width"])
+        ends = end_width(m)
+        self.embed_tokens = nn.Embedding(m["vocab_size"], ends)
         self.layers = nn.ModuleList(Layer(m, layer) for layer in range(m["layers"]))
-        self.norm = RMSNorm(m["width"], m["norm_eps"])
+        self.norm = RMSNorm(ends, m["norm_eps"])
         streams, width = m["streams"]["count"], m["width"]
         if streams > 1:
-            self.aggregate_layer = nn.Sequential(nn.Linear(streams * width, width), nn.SiLU(), nn.Linear(width, streams))
+            self.aggregate_layer = nn.Sequential(nn.Linear(streams * ends, width), nn.SiLU(), nn.Linear(width, streams))
 
-    def forward(self, ids: Tensor, positions: Tensor, visible: Tensor, cache: Any) -> Tensor:
-        streams = self.m["streams"]["count"]
-        ids = ids.unsqueeze(2).expand(-1, -1, streams)
-        blocks = [self.embed_tokens(ids)] * self.m["altup"]["blocks"]
+    def forward(self, ids: Tensor, positions: Tensor, visible: Tensor, groups: Groups | None, cache: Any) -> Tensor:
+        streams, altup = self.m["streams"]["count"], self.m["altup"]
+        ids, wide = ids.unsqueeze(2).expand(-1, -1, streams), altup["form"] == "wide"
+        x = self.embed_tokens(ids)
+        blocks = list(x.chunk(altup["blocks"], -1)) if wide else [x] * altup["blocks"]
         table = rotary_table(positions, self.m)
         for layer in self.layers:
-            blocks = layer(blocks, ids, table, visible, cache)
-        x = self.norm(blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0))
+            blocks = layer(blocks, ids, table, visible, groups, cache)
+        x = torch.cat(blocks, -1) if wide else blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
+        x = self.norm(x)
         if streams == 1:
             return x.squeeze(2)
         # the hidden layer reads hidden-major: column j*P + p
@@ -247,7 +251,7 @@ class MegascaleForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         assert config.megascale is not None
         self.model = Trunk(config.megascale)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(end_width(config.megascale), config.vocab_size, bias=False)
         self.post_init()
 
     def visible(self, new: int, past: int, batch: int, mask: Tensor | None, device: torch.device) -> Tensor:
@@ -278,11 +282,13 @@ class MegascaleForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache = labels is None if use_cache is None else use_cache
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
         past = cache.get_seq_length() if cache is not None else 0
+        mask = attention_mask if attention_mask is not None else input_ids.new_ones(batch, past + new)
         if position_ids is None:
-            mask = attention_mask if attention_mask is not None else input_ids.new_ones(batch, past + new)
             position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
         visible = self.visible(new, past, batch, attention_mask, input_ids.device)
-        x = self.model(input_ids, position_ids.expand(batch, -1), visible, cache)
+        altup = self.config.megascale["altup"]
+        groups = Groups(mask, altup["stride"], new) if altup["form"] == "sequence" else None
+        x = self.model(input_ids, position_ids.expand(batch, -1), visible, groups, cache)
         logits = self.lm_head(x[:, -logits_to_keep:] if logits_to_keep else x)
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)

@@ -35,7 +35,7 @@ COMPUTED = {
     ),
     "rotary": tuple(Rotary.model_fields),
     "streams": ("count", "prefix_tokens", "smoothing", "prefix_start", "reparameterise"),  # networks are folded before
-    "altup": ("blocks", "read", "select"),
+    "altup": ("blocks", "form", "stride", "read", "select", "coefficients"),
     "experts": ("count", "per_token", "every", "offset", "width", "shared", "router", "gate", *_TRAINING_ONLY),
 }  # fmt: skip
 """The `Model` settings by section that modeling_megascale.py computes, or need not."""
@@ -185,11 +185,17 @@ def essential(model: Model) -> Model:
     rotary = model.rotary
     update = {
         "streams": model.streams.model_copy(update={"prefix_start": "normal"}) if model.streams.count > 1 else Streams(),
-        "altup": model.altup if model.altup.blocks > 1 else AltUp(),
+        "altup": _essential_altup(model.altup),
         "experts": experts if experts.count > 1 else Experts(),
         "rotary": rotary if rotary.scaling != "none" else Rotary(theta=rotary.theta),
     }
     return resolve(Config(model=model.model_copy(update=update))).model
+
+
+def _essential_altup(altup: AltUp) -> AltUp:
+    if altup.form == "sequence":
+        return AltUp(form="sequence", stride=altup.stride)
+    return altup.model_copy(update={"stride": AltUp().stride}) if altup.blocks > 1 else AltUp()
 
 
 def choose_family(model: Model, preferred: str | None) -> Family:
