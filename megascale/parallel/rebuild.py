@@ -50,10 +50,10 @@ class _Chain:
         self.steps: list[tuple[Layer, Packing, Tensor]] = []
         self.end = weakref.ref(start)
 
-    def pack(self, newest: Tensor, tensor: Tensor) -> Tensor | _Handle:
+    def pack(self, tensor: Tensor) -> Tensor | _Handle:
         """Saved tensors as they are, but for the blocks of the newest state."""
-        number = len(self.steps)
-        if number == 0 or tensor.untyped_storage()._cdata != newest.untyped_storage()._cdata:
+        number, newest = len(self.steps), self.end()  # a weak reference, because the graph keeps this function
+        if number == 0 or newest is None or tensor.untyped_storage()._cdata != newest.untyped_storage()._cdata:
             return tensor
         return _Handle(self, number, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
@@ -116,7 +116,7 @@ class RebuiltLayers:
             return layer.residual(blocks, update, packing)
 
         blocks = blocks_of(state)  # once, for the same gradients to the bit as without recomputation
-        with saved_tensors_hooks(lambda tensor: chain.pack(state, tensor), _unpack):
+        with saved_tensors_hooks(chain.pack, _unpack):
             update, report = _recomputed(update_of, *blocks)
             new = _recomputed(next_of, update, *blocks)
         chain.add(layer, packing, update, new)

@@ -12,7 +12,7 @@ from megascale.checkpoint.hugging_face.settings import essential
 from megascale.checkpoint.layout import Shape
 from megascale.checkpoint.weights import BUFFERS, WEIGHTS
 from megascale.config.errors import InputError
-from megascale.config.schema import Model, Node
+from megascale.config.schema import AltUp, Model, Node
 from megascale.model.upcycle import check_upcycling, dense_name, starts_as_dense, starts_at_zero
 from megascale.parallel.shard import named_parameters, whole_on_meta
 
@@ -84,6 +84,9 @@ def check_start(before: Model, model: Model, place: str) -> None:
         reason = f"model.streams.count is {model.streams.count}, the model there has {before.streams.count}"
         remedy = f"streams can be added, not removed: set {before.streams.count} or more"
         raise InputError(f"start.model: {place}", reason, remedy)
+    if model.altup.form == "wide" and before.altup.form != "wide":
+        reason = "wide widens the embedding, the last norm and the head, which can then not be taken over"
+        raise InputError("model.altup.form", reason, "set recycled, or train without start.model")
     if before.experts.count == 1 < model.experts.count:
         check_upcycling(before, model)
 
@@ -108,7 +111,7 @@ def _adds(section: str, before: Model, model: Model) -> bool:
         return before.streams.count != model.streams.count
     if section == "experts":
         return before.experts.count == 1
-    return before.altup.blocks == 1
+    return before.altup == AltUp()
 
 
 def first_loss(before: Model, model: Model) -> str:
@@ -118,6 +121,8 @@ def first_loss(before: Model, model: Model) -> str:
         changed.append(f"the prefixes of its {model.streams.count} streams are random")
     if before.experts.count == 1 < model.experts.count and not starts_as_dense(model.experts):
         changed.append("its experts' gates do not sum to 1, or tokens are dropped")
+    if model.altup.form == "sequence" and before.altup.form != "sequence":
+        changed.append(f"most layers compute on one of {model.altup.stride} tokens")
     if changed:
         return f"its first loss is not that of the model there: {'; '.join(changed)}"
     return "its first loss is that of the model there" + (", up to rounding" if before != model else "")

@@ -242,26 +242,22 @@ def test_coefficients_of_the_token_cost_two_small_products_more() -> None:
 @pytest.mark.parametrize("streams", [1, 3])
 def test_a_wide_head_and_aggregator_are_counted(streams: int) -> None:
     """All but the mix, which the counter does not see."""
-    model = tiny_model(streams={"count": streams, "prefix_tokens": 5}, altup={"blocks": 2, "form": "wide"})
-    with FlopCounterMode(display=False) as counter:
-        loss = packed_batch([[24]]).losses(tiny_decoder(model)).lm
-        assert loss is not None
-        loss.backward()
-    assert counter.get_total_flops() == 24 * (flops_per_token(model, 24) - streams * 6 * 2**2 * 32 * 2)
+    settings = {"streams": {"count": streams, "prefix_tokens": 5}, "altup": {"blocks": 2, "form": "wide"}}
+    model, counted = counted_flops("none", **settings)
+    mix = streams * 6 * 2**2 * 32 * 2
+    assert counted == hardware_flops_per_token(model, 24, "none") + (streams - 1) * ATTENTION - mix
 
 
 @pytest.mark.usefixtures("countable")
 @pytest.mark.parametrize("streams", [1, 3])
 def test_strided_layers_are_counted_for_kept_tokens(streams: int) -> None:
     """One document of 24 tokens, every third kept; the counter sees all 24, or 8, keys."""
-    model = tiny_model(layers=4, streams={"count": streams, "prefix_tokens": 5}, altup={"form": "sequence", "stride": 3})
-    with FlopCounterMode(display=False) as counter:
-        loss = packed_batch([[24]]).losses(tiny_decoder(model)).lm
-        assert loss is not None
-        loss.backward()
+    settings = {"streams": {"count": streams, "prefix_tokens": 5}, "altup": {"form": "sequence", "stride": 3}}
+    model, counted = counted_flops("none", layers=4, **settings)
     # 24 tokens of 24 keys are an average document of 47 tokens; of its kept ones each would see 8 + 1/3
     more = 2 * 12 * 4 * 8 * streams * (1 / 3) / 3
-    assert counter.get_total_flops() == pytest.approx(24 * (flops_per_token(model, 24) - more))
+    computed = hardware_flops_per_token(model, 24, "none") + (streams - 1) * ATTENTION
+    assert counted == pytest.approx(computed - more)
 
 
 def test_visible_keys_count_the_token_itself_and_stop_at_the_window() -> None:

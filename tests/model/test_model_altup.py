@@ -83,6 +83,21 @@ def test_a_layer_is_algorithm_1_with_its_gradients(
         torch.testing.assert_close(got, true)
 
 
+@settings(max_examples=40)
+@given(blocks=st.integers(2, 5), layer=st.integers(0, 9), read=st.sampled_from(READS), spread=st.floats(0, 2))
+def test_a_layer_is_a_static_hyper_connection(blocks: int, layer: int, read: str, spread: float) -> None:
+    """R' = A_r^T R + B^T F(A_m^T R) of arXiv 2409.19606 with B = g; and A_m = e_j, A_r^T = (I - g e_j^T) P + g e_j^T where the old block
+    is read, A_m = P^T e_j, A_r^T = P where the predicted one is.
+    """
+    module, state = residual(blocks, layer, spread, read=read), state_of(blocks)
+    one = torch.eye(blocks, dtype=torch.float64)
+    g, p, e = (1 + module.correct)[:, None], one + module.predict, one[module.computed][:, None]
+    width, depth = (e, (one - g @ e.T) @ p + g @ e.T) if read == "old" else (p.T @ e, p)
+    update = sum(sublayer(torch.einsum("km,tpkd->tpd", width, state)))
+    expected = torch.einsum("ik,tpkd->tpid", depth, state) + g[None, None] * update[:, :, None]
+    torch.testing.assert_close(step(module, state), expected)
+
+
 def test_the_gradient_is_the_derived_one() -> None:
     """dxh_i = dx'_i - [i = j] S and dg_i = <dx'_i, y - xh_j> with S = sum_k g_k dx'_k; the block that is read gets S from outside."""
     module, state = residual(3, 1, 0.5, read="old"), state_of(3)

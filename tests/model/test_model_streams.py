@@ -154,7 +154,7 @@ def test_it_is_what_every_stream_would_have_computed(settings: dict) -> None:
         decoder = spread_decoder(layers=3, **settings).double()
         tokens, positions, documents = BATCH.inputs
         packing, origin = pack(positions, documents, decoder.config), origin_of(tokens, Draw(seed=5), identity)
-        state = expand(decoder.embedding(tokens.flatten()), streams, decoder.config.altup.blocks)
+        state = expand(decoder.embedding(tokens.flatten()), streams, decoder.config)
         state, reports = decoder.run(state, packing, origin)
         x, _ = decoder.join(state)
         (x.square().mean() + reports.get("balance", x.new_zeros(()))).backward()

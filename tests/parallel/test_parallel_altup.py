@@ -1,4 +1,4 @@
-"""Every form of AltUp trains the run of one process in layouts, with P=2 and E=4."""
+"""Every form of AltUp trains the run of one process in layouts, with P=2 and E=4. Pairs with other features: tests/compositions.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from layouts import ADAMW, problems, train
+from layouts import ADAMW, full_unless, problems, train
 from megascale.config.checks import check
 from megascale.config.errors import InputError
 from megascale.config.load import load_config
@@ -36,6 +36,7 @@ CASES = {
     "ZeRO 3, predicted, by token": ("zero3", (MODEL, GEMMA, CUT_ALL)),
     "ZeRO 3, sequence": ("zero3", (MODEL, SEQUENCE, CUT_ALL)),
 }
+QUICK = ("wide, by token, in stages", "predicted, by token", "sequence", "rebuilt states in stages", "ZeRO 3, sequence")
 LAYOUTS = {
     "ep2": (2, "parallel={ep: 2, zero_stage: 0}"),
     "tp2-ep2-dp2": (4, "parallel={tp: 2, ep: 2, zero_stage: 0}"),
@@ -49,7 +50,7 @@ LAYOUTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", full_unless(QUICK, CASES))
 def test_a_layout_trains_the_run_of_one_process(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, name: str) -> None:
     layout, settings = CASES[name]
     world, parallel = LAYOUTS[layout]

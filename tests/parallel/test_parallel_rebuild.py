@@ -72,11 +72,11 @@ def test_rebuilt_states_give_the_same_bits(name: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("name", ["static", "token, predicted, wide"])
-def test_so_do_compiled_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_do_compiled_layers(name: str) -> None:
     torch._dynamo.reset()
     keep_graph_order()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
-    plain, compiled = step(build(MODELS[name], "none")), step(build(MODELS[name], "layer", compiled=True))
+    with torch._dynamo.config.patch(recompile_limit=64):
+        plain, compiled = step(build(MODELS[name], "none")), step(build(MODELS[name], "layer", compiled=True))
     for parameter, gradient in plain.items():
         torch.testing.assert_close(compiled[parameter], gradient, rtol=1e-4, atol=1e-6)
 

@@ -94,6 +94,35 @@ def test_a_frozen_trunk_keeps_every_bit_and_costs_no_state(tmp_path: Path, tiny_
     assert sum(found[-1][0:1]) < found[0][0]
 
 
+FROZEN_WITH = {
+    "bf16": ("precision=bf16",),
+    "bf16, recomputed": ("precision=bf16", "parallel.recompute=layer"),
+    "Muon": ("optimizer.name=muon",),
+    "layers recomputed": ("parallel.recompute=layer",),
+    "streams recomputed": ("parallel.recompute=stream",),
+    "compiled": ("compile=on",),
+    "compiled, recomputed": ("compile=on", "parallel.recompute=layer"),
+    "two phases": ("schedule={phases: [{steps: 1, streams: 2}, {steps: 2, streams: 3}]}",),
+    "blocks": (BLOCKS,),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN_WITH)
+def test_a_trunk_stays_frozen_with(tmp_path: Path, tiny_corpus: Path, hf: tuple[Path, nn.Module], name: str) -> None:
+    """Only what is new learns, and recomputation leaves the run as it is, to the bit."""
+    settings = (STREAMS, "start.freeze=true", "checkpoint={every: 1, keep_last: 9}", "batch={sequences: 8, micro_batches: 2}")
+    config = started(tmp_path, tiny_corpus, hf[0], *settings, *FROZEN_WITH[name])
+    records = run_phases(config)
+    weights = saved(tmp_path / "runs" / config.run.name / "checkpoints/step-00000003", "model/")
+    trunk = load_model(hf[0]).decoder.named_parameters()
+    assert [key for key, weight in trunk if not torch.equal(weight, weights[f"model/{key}"])] == []
+    found = losses(records, "train/lm_loss")
+    assert len(found) == 3 and found[-1][0] < found[0][0]
+    if name in ("layers recomputed", "streams recomputed"):
+        plain = run_phases(started(tmp_path, tiny_corpus, hf[0], *settings, "run.name=plain"))
+        assert losses(plain, "train/lm_loss") == found
+
+
 def test_flops_of_a_frozen_trunk_leave_out_its_gradients(tmp_path: Path, tiny_corpus: Path, hf: tuple[Path, nn.Module]) -> None:
     flops = []
     for freeze in ("false", "true"):
@@ -177,6 +206,7 @@ REFUSED = {
     "more rows of the vocabulary": (f"model.vocab_size={VOCABULARY + 8}", f"set model.vocab_size={VOCABULARY}"),
     "narrower experts": ("model.experts={count: 4, per_token: 2, width: 32}", "model.experts.width: 32 is not the dense"),
     "nothing new": ("start.freeze=true", "all would be frozen"),
+    "wide blocks": ("model.altup={blocks: 2, form: wide}", "can then not be taken over"),
     "a step": ("start.step=3", "has no steps"),
 }
 
@@ -205,6 +235,17 @@ def test_streams_and_experts_are_not_removed_or_changed(tmp_path: Path, tiny_cor
     assert "model.experts.count is 8, the model there has 4" in message(streams, EXPERTS.replace("4", "8"))
     assert "model.experts.count is 1, the model there has 4" in message(streams)
     assert "prefix_tokens is 8, the model there has 4" in message(streams.replace("tokens: 4", "tokens: 8"), EXPERTS)
+
+
+def test_tokens_may_be_left_out_but_not_taken_in_again(tmp_path: Path, tiny_corpus: Path) -> None:
+    """Sequence-AltUp has the tensors of the plain model, and does not compute what it computes."""
+    deep = ("model.layers=3", "schedule.steps=2")
+    plain = train_tiny(tiny_config(tmp_path, tiny_corpus, *deep)).folder
+    strided = (*deep, "model.altup={form: sequence}")
+    run = train_tiny(tiny_config(tmp_path, tiny_corpus, *strided, f"start.model={plain}", "run.name=strided"))
+    assert "its first loss is not that of the model there: most layers compute on one of 4 tokens" in run.said
+    with pytest.raises(InputError, match="model.altup.form is recycled, the model there has sequence"):
+        Run(tiny_config(tmp_path, tiny_corpus, *deep, f"start.model={run.folder}", "run.name=again"))
 
 
 def test_more_streams_than_there_begin_anew(tmp_path: Path, tiny_corpus: Path) -> None:
