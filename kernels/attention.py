@@ -4,11 +4,13 @@
     lse = logaddexp(l1, l2)                                        out = exp(l1 - lse) o1 + exp(l2 - lse) o2
 
 The backward of each part is the stock kernel's, called with the merged (out, lse) as ring attention does (arXiv 2310.01889), so no keys
-are concatenated, no mask is padded and prefixes need no copy per document.
+are concatenated, no mask is padded and prefixes need no copy per document. Keys of other ranks (context parallelism) come in the same way:
+a span of queries here sees a span of them without a mask.
 
 Shapes: T tokens (all documents one after the other), P streams, H query heads, G key/value heads, n prefix slots, D head width.
 Streams are folded into heads: head p*H + h belongs to stream p. Where the streams do not differ yet (the first layer of ParScale), q, k
 and v may come once, [T, H, D] and [T, G, D], with P prefixes: the causal part runs once, its backward once for each stream's (out, lse).
+Context: keys and values of N tokens, [N, P*G, D], and spans, int64 [n, 4] on the host: tokens [a, b) here see all of context tokens [c, d).
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
+Context = tuple[Tensor, Tensor, Tensor]
+"""Keys, values and spans, see above."""
 
 
 def _math_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Pair:
@@ -166,6 +170,69 @@ def _packed_backward(grad, q, k, v, out, lse, borders: Tensor, longest: int, win
     return grads[0][:-1], grads[1][:-1], grads[2][:-1]
 
 
+def _spans(spans: Tensor) -> list[list[int]]:
+    """Those that are not empty."""
+    return [span for span in spans.tolist() if span[0] < span[1] and span[2] < span[3]]
+
+
+def _span_forward(q: Tensor, k: Tensor, v: Tensor) -> Pair:
+    """out [m,H,D] and lse [m,H] of queries that all see all keys [n,G,D]."""
+    if _uses_varlen(q):
+        rows, keys = (torch.tensor([0, x.shape[0]], dtype=torch.int32, device=q.device) for x in (q, k))
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, rows, keys, q.shape[0], k.shape[0], 0.0, False, False
+        )  # fmt: skip
+        return out, lse.transpose(0, 1)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out, lse = flash_forward(q, k, v, False)
+    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+
+
+def _span_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of `_span_forward` for the merged (out, lse)."""
+    if _uses_varlen(q):
+        rows, keys = (torch.tensor([0, x.shape[0]], dtype=torch.int32, device=q.device) for x in (q, k))
+        unused = torch.empty(0, device=q.device, dtype=torch.uint64)
+        lse = lse.transpose(0, 1).contiguous()
+        return torch.ops.aten._flash_attention_backward(
+            grad, q, k, v, out, lse, rows, keys, q.shape[0], k.shape[0], 0.0, False, unused, unused
+        )  # fmt: skip
+    grad, q, k, v, out, lse = (x.transpose(0, 1)[None] for x in (grad, q, k, v, out, lse))
+    return tuple(x[0].transpose(0, 1) for x in _flash_backward(grad, q, k, v, out, lse, False))
+
+
+def _document_forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, window: int, context: Context | None) -> Pair:
+    """out [T,H,D] and lse [T,H] of all but the prefixes."""
+    out, lse = _packed_forward(q, k, v, borders, longest, window)
+    if context is None:
+        return out, lse
+    keys, values, spans = context
+    for a, b, c, d in _spans(spans):
+        out[a:b], lse[a:b] = merge_by_lse(out[a:b], lse[a:b], *_span_forward(q[a:b], keys[c:d], values[c:d]))
+    return out, lse
+
+
+def _document_backward(
+    grad, q, k, v, out, lse, borders: Tensor, longest: int, window: int, context: Context | None
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, and with a context those of its keys and values, for the merged (out, lse)."""
+    grads = _packed_backward(grad, q, k, v, out, lse, borders, longest, window)
+    if context is None:
+        return grads
+    keys, values, spans = context
+    grad_q, grad_keys, grad_values = grads[0], torch.zeros_like(keys), torch.zeros_like(values)
+    for a, b, c, d in _spans(spans):
+        more_q, more_keys, more_values = _span_backward(grad[a:b], q[a:b], keys[c:d], values[c:d], out[a:b], lse[a:b])
+        grad_q[a:b] += more_q
+        grad_keys[c:d] += more_keys
+        grad_values[c:d] += more_values
+    return grad_q, grads[1], grads[2], grad_keys, grad_values
+
+
+def _context(keys: Tensor | None, values: Tensor | None, spans: Tensor | None) -> Context | None:
+    return None if keys is None or values is None or spans is None else (keys.contiguous(), values.contiguous(), spans)
+
+
 def _streams_first(x: Tensor, streams: int) -> Tensor:
     """[T, P*H, ...] seen as [P, H, T, ...]."""
     return x.view(x.shape[0], streams, -1, *x.shape[2:]).movedim(0, 2)
@@ -180,10 +247,12 @@ def merge_by_lse(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> Pair
 
 @torch.library.custom_op("megascale::attention", mutates_args=())
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, borders: Tensor, longest: int, window: int
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
+    keys: Tensor | None, values: Tensor | None, spans: Tensor | None, borders: Tensor, longest: int, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     q = q.contiguous()
-    out, lse = _packed_forward(q, k.contiguous(), v.contiguous(), borders, longest, window)
+    context = _context(keys, values, spans)
+    out, lse = _document_forward(q, k.contiguous(), v.contiguous(), borders, longest, window, context)
     if prefix_k is None or prefix_v is None:
         return out, lse
     streams, here = prefix_k.shape[0], k.shape[1] // prefix_k.shape[1]
@@ -200,36 +269,40 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q, k, v, prefix_k, prefix_v, borders, longest, window):
+def _(q, k, v, prefix_k, prefix_v, keys, values, spans, borders, longest, window):
     heads = q.shape[1] if prefix_k is None else q.shape[1] * prefix_k.shape[0] * prefix_k.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape[0], heads, q.shape[2]), q.new_empty(q.shape[0], heads, dtype=wide)
 
 
-def _causal_backward(grad, q, k, v, out, lse, borders: Tensor, longest: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`_packed_backward`; for q, k, v that all streams share it runs stream by stream, and the gradients are summed in fp32."""
+def _shared_backward(
+    grad, q, k, v, out, lse, borders: Tensor, longest: int, window: int, context: Context | None
+) -> tuple[Tensor, ...]:
+    """`_document_backward`; for q, k, v that all streams share it runs stream by stream, and the gradients are summed in fp32."""
     streams = grad.shape[1] // q.shape[1]
     if streams == 1:
-        return _packed_backward(grad, q, k, v, out, lse, borders, longest, window)
-    sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)]
+        return _document_backward(grad, q, k, v, out, lse, borders, longest, window, context)
+    shared = (q, k, v) if context is None else (q, k, v, *context[:2])
+    sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in shared]
     for one in zip(*(x.chunk(streams, 1) for x in (grad, out, lse)), strict=True):
         one_grad, one_out, one_lse = (x.contiguous() for x in one)
-        for whole, part in zip(
-            sums, _packed_backward(one_grad, q, k, v, one_out, one_lse, borders, longest, window), strict=True
-        ):
+        parts = _document_backward(one_grad, q, k, v, one_out, one_lse, borders, longest, window, context)
+        for whole, part in zip(sums, parts, strict=True):
             whole += part
-    return sums[0], sums[1], sums[2]
+    return tuple(sums)
 
 
 @torch.library.custom_op("megascale::attention_backward", mutates_args=())
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
+    keys: Tensor | None, values: Tensor | None, spans: Tensor | None,
     out: Tensor, lse: Tensor, borders: Tensor, longest: int, window: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grad, q, k, v = (x.contiguous() for x in (grad, q, k, v))
-    grad_q, grad_k, grad_v = _causal_backward(grad, q, k, v, out, lse, borders, longest, window)
+    grad_q, *others = _shared_backward(grad, q, k, v, out, lse, borders, longest, window, _context(keys, values, spans))
+    grad_k, grad_v, grad_keys, grad_values = (x.to(q.dtype) for x in (*others, q.new_empty(0), q.new_empty(0))[:4])
     if prefix_k is None or prefix_v is None:
-        return grad_q, grad_k, grad_v, q.new_empty(0), q.new_empty(0)
+        return grad_q, grad_k, grad_v, q.new_empty(0), q.new_empty(0), grad_keys, grad_values
     streams, here = prefix_k.shape[0], k.shape[1] // prefix_k.shape[1]
     prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
     views = [_streams_first(x, streams) for x in (grad, out, lse)]
@@ -238,29 +311,30 @@ def _attention_backward(
     if here < streams:
         more_q = more_q.sum(0, keepdim=True, dtype=grad_q.dtype)
     _streams_first(grad_q, here).add_(more_q)
-    grad_q, grad_k, grad_v = (x.to(q.dtype) for x in (grad_q, grad_k, grad_v))
-    return grad_q, grad_k, grad_v, grad_prefix_k.contiguous(), grad_prefix_v.contiguous()
+    prefix_grads = grad_prefix_k.contiguous(), grad_prefix_v.contiguous()
+    return grad_q.to(q.dtype), grad_k, grad_v, *prefix_grads, grad_keys, grad_values
 
 
 @_attention_backward.register_fake
-def _(grad, q, k, v, prefix_k, prefix_v, out, lse, borders, longest, window):
+def _(grad, q, k, v, prefix_k, prefix_v, keys, values, spans, out, lse, borders, longest, window):
     def like(x):
         return q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    return like(q), like(k), like(v), like(prefix_k), like(prefix_v)
+    return like(q), like(k), like(v), like(prefix_k), like(prefix_v), like(keys), like(values)
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, prefix_k, prefix_v, borders, ctx.longest, ctx.window = inputs
-    ctx.save_for_backward(q, k, v, prefix_k, prefix_v, *output, borders)
+    q, k, v, prefix_k, prefix_v, keys, values, spans, borders, ctx.longest, ctx.window = inputs
+    ctx.save_for_backward(q, k, v, prefix_k, prefix_v, keys, values, spans, *output, borders)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad, _grad_lse):
-    q, k, v, prefix_k, prefix_v, out, lse, borders = ctx.saved_tensors
-    grads = torch.ops.megascale.attention_backward(grad, q, k, v, prefix_k, prefix_v, out, lse, borders, ctx.longest, ctx.window)
-    prefix_grads = (None, None) if prefix_k is None else grads[3:]
-    return *grads[:3], *prefix_grads, None, None, None
+    saved = ctx.saved_tensors
+    grads = torch.ops.megascale.attention_backward(grad, *saved, ctx.longest, ctx.window)
+    # of prefixes and context only those that there are
+    there = [None if x is None else g for x, g in zip(saved[:7], grads, strict=True)]
+    return *there, None, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_setup)
@@ -268,9 +342,9 @@ _attention.register_autograd(_backward, setup_context=_setup)
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, window: int | None = None,
-    prefix_k: Tensor | None = None, prefix_v: Tensor | None = None,
+    prefix_k: Tensor | None = None, prefix_v: Tensor | None = None, context: Context | None = None,
 ) -> Tensor:  # fmt: skip
-    """Causal attention inside each document, every token also seeing its stream's prefix.
+    """Causal attention inside each document, every token also seeing its stream's prefix, and spans of tokens keys from elsewhere.
 
     Args:
         q: [T, P*H, D]; k, v: [T, P*G, D], same dtype; with prefixes also [T, H, D] and [T, G, D], the same for all P streams. Scale is
@@ -279,10 +353,12 @@ def attention(
         longest: no document is longer, tokens.
         window: a token sees itself and the window - 1 tokens before it; none = all. Prefixes stay visible.
         prefix_k, prefix_v: [P, G, n, D], without rotary (arXiv 2505.10475, section 3); none = plain attention.
+        context: keys and values [N, ...] like k and v, and spans int64 [n, 4] on the host (see the module); not with a window.
 
     Returns: [T, P*H, D].
     """
-    return _attention(q, k, v, prefix_k, prefix_v, borders, longest, window or 0)[0]
+    assert context is None or not window, "a window cuts through the keys of other ranks"
+    return _attention(q, k, v, prefix_k, prefix_v, *(context or (None, None, None)), borders, longest, window or 0)[0]
 
 
 def attention_reference(

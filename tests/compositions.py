@@ -96,6 +96,11 @@ FEATURES: dict[str, Feature] = {
     "pipeline, interleaved": Feature(
         ("parallel.pp=2", "parallel.schedule=interleaved", "parallel.virtual_stages=2"), choice="pipeline", ranks=2, layout=True
     ),
+    "context parallel, all-gather": Feature(("parallel.cp=2",), choice="context", ranks=2, layout=True),
+    "context parallel, Ulysses": Feature(
+        ("parallel.cp=2", "parallel.context=ulysses"), choice="context", ranks=2, layout=True
+    ),
+    "stream parallel": Feature(("parallel.stream=2",), needs="P streams", ranks=2, layout=True),
     "expert parallel": Feature(("parallel.ep=2",), needs="experts: softmax", layout=True),
     "ZeRO 1": Feature(("parallel.zero_stage=1",), choice="engine", layout=True),
     "ZeRO 2": Feature(("parallel.zero_stage=2",), choice="engine", layout=True),
@@ -110,7 +115,7 @@ def completed(names: Collection[str]) -> tuple[str, ...]:
         needed = FEATURES[name].needs
         if needed and not any(other == needed or _alternatives(other, needed) for other in found):
             found.add(needed)
-    if "expert parallel" in found and not found & {"data parallel", "tensor + sequence parallel"}:
+    if "expert parallel" in found and not any(FEATURES[name].ranks > 1 and FEATURES[name].choice != "pipeline" for name in found):
         found.add("data parallel")  # experts are spread over ranks that are there already
     return tuple(name for name in FEATURES if name in found)
 

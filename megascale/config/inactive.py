@@ -97,6 +97,8 @@ def _rest(config: Config) -> dict[KeyPath, str]:
         found["parallel", "schedule"] = found["parallel", "virtual_stages"] = "parallel.pp is 1"
     elif config.parallel.schedule == "1f1b":
         found["parallel", "virtual_stages"] = "parallel.schedule is 1f1b"
+    if config.parallel.cp == 1:
+        found["parallel", "context"] = "parallel.cp is 1"
     if config.parallel.zero_stage == 0:
         found["engine", "deepspeed"] = "parallel.zero_stage is 0"
     if config.profile.steps is None:

@@ -7,11 +7,17 @@ from collections.abc import Iterator
 from megascale.config.fields import KeyPath
 from megascale.config.layout import WORLD_AXES, batch_fits, data_parallel_ranks, other_ranks, pipeline_bubble
 from megascale.config.layout_search import layouts, nearest, nearest_worlds
-from megascale.config.obstacles import expert_obstacles, pipeline_obstacles, schedule_fits, tensor_obstacles
+from megascale.config.obstacles import (
+    context_obstacles,
+    expert_obstacles,
+    pipeline_obstacles,
+    schedule_fits,
+    stream_obstacles,
+    tensor_obstacles,
+)
 from megascale.config.origin import Problem
 from megascale.config.schema import Config, Parallel
 
-NOT_AVAILABLE = ("stream", "cp")
 MOST_BUBBLE = 0.5
 MOST_LAYOUTS_SHOWN = 3
 
@@ -19,11 +25,9 @@ MOST_LAYOUTS_SHOWN = 3
 def layout_problems(config: Config, world: int | None) -> Iterator[Problem]:
     """Every axis that does not fit the other settings, a world that is not the product of the axes, and batches that ranks cannot share."""
     parallel = config.parallel
-    for axis in NOT_AVAILABLE:
-        ranks = getattr(parallel, axis)
-        if ranks > 1:
-            yield Problem(("parallel", axis), f"{axis} {ranks} is not available in this version; remove it")
     yield from _tensor_problems(config)
+    yield from _stream_problems(config)
+    yield from _context_problems(config)
     yield from _pipeline_problems(config, world)
     wrong_world = list(_world_problems(parallel, world))
     ranks = None if wrong_world else data_parallel_ranks(parallel, world)
@@ -41,6 +45,9 @@ def contradictions(config: Config) -> Iterator[Problem]:
     if parallel.recompute == "stream" and config.model.streams.count == 1:
         reason = "stream keeps one stream's activations at a time, and there is one stream; set parallel.recompute=layer"
         yield Problem(("parallel", "recompute"), reason, (("model", "streams", "count"),))
+    if parallel.recompute == "stream" and 1 < config.model.streams.count == parallel.stream:
+        reason = "stream keeps one stream's activations at a time, and each rank has one; set parallel.recompute=layer"
+        yield Problem(("parallel", "recompute"), reason, (("parallel", "stream"),))
     if parallel.zero_stage == 3 and config.compile == "on":
         reason = "3 gathers weights inside the layers, which torch.compile would trace; set compile=auto"
         yield Problem(("parallel", "zero_stage"), reason, (("compile",),))
@@ -78,6 +85,22 @@ def _tensor_problems(config: Config) -> Iterator[Problem]:
     if reasons:
         near = nearest(tp, lambda ranks: not tensor_obstacles(config, ranks), config.model.heads)
         yield Problem(("parallel", "tp"), f"tp {tp} {' and '.join(reasons)}; {_works('tp', near)}")
+
+
+def _stream_problems(config: Config) -> Iterator[Problem]:
+    ranks = config.parallel.stream
+    reasons = stream_obstacles(config, ranks)
+    if reasons:
+        near = nearest(ranks, lambda ranks: not stream_obstacles(config, ranks), config.model.streams.count)
+        yield Problem(("parallel", "stream"), f"stream {ranks} {' and '.join(reasons)}; {_works('stream', near)}")
+
+
+def _context_problems(config: Config) -> Iterator[Problem]:
+    ranks = config.parallel.cp
+    reasons = context_obstacles(config, ranks)
+    if reasons:
+        near = nearest(ranks, lambda ranks: not context_obstacles(config, ranks), config.data.sequence_length)
+        yield Problem(("parallel", "cp"), f"cp {ranks} {' and '.join(reasons)}; {_works('cp', near)}")
 
 
 def _pipeline_problems(config: Config, world: int | None) -> Iterator[Problem]:

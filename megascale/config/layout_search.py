@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megascale.config.layout import batch_fits
-from megascale.config.obstacles import expert_obstacles, pipeline_obstacles, tensor_obstacles
+from megascale.config.obstacles import context_obstacles, expert_obstacles, pipeline_obstacles, stream_obstacles, tensor_obstacles
 from megascale.config.schema import Config
 
 MOST_TRIED = 2**17
@@ -22,10 +22,13 @@ class Layout:
     dp: int
     tp: int
     ep: int
+    stream: int = 1
+    cp: int = 1
 
     def __str__(self) -> str:
+        more = "".join(f" x {axis} {getattr(self, axis)}" for axis in ("stream", "cp") if getattr(self, axis) > 1)
         experts = f", ep {self.ep}" if self.ep > 1 else ""
-        return f"pp {self.pp} x dp {self.dp} x tp {self.tp}{experts}"
+        return f"pp {self.pp} x dp {self.dp}{more} x tp {self.tp}{experts}"
 
 
 def nearest(wanted: int, works: Callable[[int], bool], most: int) -> list[int]:
@@ -37,7 +40,8 @@ def nearest(wanted: int, works: Callable[[int], bool], most: int) -> list[int]:
 
 
 def layouts(config: Config, world: int) -> list[Layout]:
-    """All layouts of a world that work with the other settings, nearest to the wanted axes first.
+    """All layouts of a world that work with the other settings, nearest to the wanted axes first. Stream- and context-parallel ranks stay
+    as they are set, where they can.
 
     Distance is the sum over the axes of |log2(ranks / wanted ranks)|; dp counts where it was set.
     """
@@ -54,6 +58,11 @@ def nearest_worlds(config: Config, world: int) -> list[int]:
 
 def _layouts(config: Config, world: int) -> Iterator[Layout]:
     interleaved = config.parallel.schedule == "interleaved"
+    stream, cp = config.parallel.stream, config.parallel.cp
+    others = stream * cp
+    if world % others or stream_obstacles(config, stream) or context_obstacles(config, cp):
+        return
+    world //= others
     for tp in _divisors(world):
         if tensor_obstacles(config, tp):
             continue
@@ -65,9 +74,10 @@ def _layouts(config: Config, world: int) -> Iterator[Layout]:
                 or not batch_fits(config.batch, config.batch.micro_batches, dp)
             ):
                 continue
-            for ep in _divisors(math.gcd(config.model.experts.count, dp * tp)):
-                if not expert_obstacles(config, ep, dp * tp):
-                    yield Layout(pp, dp, tp, ep)
+            stage = dp * tp * others
+            for ep in _divisors(math.gcd(config.model.experts.count, stage)):
+                if not expert_obstacles(config, ep, stage):
+                    yield Layout(pp, dp, tp, ep, stream, cp)
 
 
 def _distance(config: Config, layout: Layout) -> tuple[float, int, int, int]:

@@ -30,6 +30,50 @@ def tensor_obstacles(config: Config, tp: int) -> list[str]:
     return reasons
 
 
+def stream_obstacles(config: Config, ranks: int) -> list[str]:
+    """Reasons against so many stream-parallel ranks: streams, and behind the aggregator tokens, must be shared evenly."""
+    if ranks == 1:
+        return []
+    parallel, counts = (
+        config.parallel,
+        {config.model.streams.count} | {phase.streams for phase in config.schedule.phases if phase.streams},
+    )
+    uneven = sorted(count for count in counts if count % ranks)
+    where = "of a phase (schedule.phases.streams)" if config.schedule.phases else "(model.streams.count)"
+    reasons = [f"does not divide the {uneven[0]} streams {where}"] if uneven else []
+    if config.data.sequence_length % (ranks * parallel.cp * parallel.tp):
+        reasons.append(f"x cp {parallel.cp} x tp {parallel.tp} does not divide {_length(config)}")
+    return reasons
+
+
+def context_obstacles(config: Config, ranks: int) -> list[str]:
+    """Reasons against so many context-parallel ranks: tokens, and with ulysses heads, must be shared evenly."""
+    if ranks == 1:
+        return []
+    model, parallel = config.model, config.parallel
+    chunks = ranks if parallel.context == "ulysses" else 2 * ranks
+    reasons = []
+    if config.data.sequence_length % (chunks * parallel.tp * parallel.stream):
+        times = "" if chunks == ranks else "x 2 chunks "
+        reasons.append(f"{times}x tp {parallel.tp} x stream {parallel.stream} does not divide {_length(config)}")
+    if model.altup.form == "sequence":
+        reasons.append("would cut the sequence, whose kept tokens are not shared evenly (model.altup.form)")
+    if parallel.context == "ulysses":
+        heads = max((model.kv_heads or model.heads) // parallel.tp, 1)
+        if heads % ranks:
+            reasons.append(f"does not divide the {heads} key/value heads of a rank, which ulysses shares (parallel.context)")
+        return reasons
+    if model.sliding_window:
+        reasons.append("gathers keys without a window (model.sliding_window), which parallel.context=ulysses has")
+    if model.experts.count > 1 and model.experts.capacity_factor is not None and model.experts.scope == "global":
+        reasons.append("leaves tokens out of the order by which capacity is given, which parallel.context=ulysses keeps")
+    return reasons
+
+
+def _length(config: Config) -> str:
+    return f"data.sequence_length {config.data.sequence_length}"
+
+
 def pipeline_obstacles(config: Config, pp: int) -> list[str]:
     """Reasons against pp pipeline ranks: every stage needs a layer, and the schedule enough micro-batches."""
     if pp == 1:

@@ -247,6 +247,11 @@ class Parallel(Node):
     stream: int = field(1, "stream-parallel ranks", gt=0)
     cp: int = field(1, "context-parallel ranks", gt=0)
     tp: int = field(1, "tensor-parallel ranks", gt=0)
+    context: Literal["all_gather", "ulysses"] = field(
+        "all_gather",
+        "cp: how attention sees the tokens of other ranks. all_gather: keys and values of all tokens on every rank, tokens in zig-zag "
+        "chunks; ulysses: all tokens of some heads, by all-to-all",
+    )
     ep: int = field(1, "expert-parallel ranks: each holds count / ep of the experts", gt=0)
     schedule: Literal["1f1b", "interleaved"] = field(
         "1f1b", "order of a pipeline's micro-batches: 1f1b, or interleaved (several stages a rank, a smaller bubble)"

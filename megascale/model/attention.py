@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,8 @@ class Packing:
     sin: Tensor
     borders: Tensor
     longest: int
+    spans: Tensor | None = None
+    """tokens here that see keys of other context-parallel ranks (see `megascale.kernels.attention`); none where all keys are here"""
     kept: Kept | None = None
     """none but with Sequence-AltUp"""
 
@@ -43,11 +46,23 @@ class Kept:
     """of the kept tokens by themselves"""
 
 
-def pack(positions: Tensor, documents: Tensor, model: Model) -> Packing:
-    """The packing of a micro-batch from positions and document numbers, both [B, S]."""
+Borders = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""Document numbers [B, S] -> `Packing.borders` and `Packing.spans`."""
+
+
+def document_borders(documents: Tensor) -> tuple[Tensor, None]:
+    """Where all tokens are here: see `first_tokens`."""
+    return first_tokens(documents), None
+
+
+def pack(
+    positions: Tensor, documents: Tensor, model: Model, share: Exchange = identity, borders: Borders = document_borders
+) -> Packing:
+    """The packing of a micro-batch from positions and document numbers, both [B, S]; `share` and `borders` are of the tokens here."""
     assert model.head_dim is not None
-    table = rotary_table(positions.flatten(), model.head_dim, model.rotary)
-    packing = Packing(*table, document_borders(documents), documents.shape[1])
+    table = rotary_table(share(positions.flatten()), model.head_dim, model.rotary)
+    here, spans = borders(documents)
+    packing = Packing(*table, here, documents.shape[1], spans)
     return packing if model.altup.form != "sequence" else replace(packing, kept=keep(positions, packing, model.altup.stride))
 
 
@@ -70,7 +85,7 @@ def keep(positions: Tensor, packing: Packing, stride: int) -> Kept:
     return Kept(tokens, place, group, members, Packing(packing.cos[tokens], packing.sin[tokens], borders, longest))
 
 
-def document_borders(documents: Tensor) -> Tensor:
+def first_tokens(documents: Tensor) -> Tensor:
     """Where documents start in the flattened tokens, and their number of tokens at the end; int32 [documents + 1]. Meta tensors, which
     have no values (dry runs), count as one document a sequence.
     """
@@ -80,6 +95,13 @@ def document_borders(documents: Tensor) -> Tensor:
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
     first = starts.flatten().nonzero().flatten()
     return torch.cat([first, first.new_tensor([documents.numel()])]).to(torch.int32)
+
+
+def attend_here(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, prefix_k: Tensor | None, prefix_v: Tensor | None
+) -> Tensor:
+    """Attention whose keys are all on this device; arguments and result as of `megascale.kernels.attention.attention`."""
+    return attention(q, k, v, packing.borders, packing.longest, window, prefix_k, prefix_v)
 
 
 class KeyValueCache:
@@ -140,6 +162,7 @@ class Attention(nn.Module):
             self.splits |= {f"prefix_{name}": Split(1, "tp", kv_heads) for name in "kv"}
         self.gather_tokens: Exchange = identity
         self.scatter_tokens: Exchange = identity
+        self.attend = attend_here
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q [T, P*H, D], rotated k and v [T, P*G, D] of x [T, P, d]."""
@@ -149,7 +172,7 @@ class Attention(nn.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def prefixes(self, stream: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """Keys and values [P, G, n, D] of all streams, or [1, G, n, D] of the one with this number [1]; none with P = 1."""
+        """Keys and values [P, G, n, D] of all streams, or of those with these numbers; none with P = 1."""
         if self.prefix_network is not None:
             return self.prefix_network(stream)
         if self.prefix_k is None or self.prefix_v is None:
@@ -159,11 +182,11 @@ class Attention(nn.Module):
         return self.prefix_k.index_select(0, stream), self.prefix_v.index_select(0, stream)
 
     def forward(self, x: Tensor, packing: Packing, stream: Tensor | None = None) -> Tensor:
-        """`stream` is the number [1] of the only stream in x [T, 1, d]; none: x has all of them."""
+        """`stream` has the numbers of the streams in x [T, P, d] (or [T, 1, d]: they do not differ yet); none: x has all of them."""
         x = self.gather_tokens(x)
         q, k, v = self.project(x, packing.cos, packing.sin)
         prefix_k, prefix_v = self.prefixes(stream)
-        out = attention(q, k, v, packing.borders, packing.longest, self.window, prefix_k, prefix_v)
+        out = self.attend(q, k, v, packing, self.window, prefix_k, prefix_v)
         streams = 1 if prefix_k is None else prefix_k.shape[0]
         return self.scatter_tokens(self.o(out.view(x.shape[0], streams, -1)))
 

@@ -3,8 +3,10 @@
 B texts of S tokens, T = B*S; P streams, K blocks, d width, V vocabulary. P = E = K = 1 is exactly the plain decoder. With AltUp's wide form
 embedding, last norm and head are K*d wide.
 
-A pipeline stage is a decoder that lacks parts: other stages' layers, the embedding, or norm, aggregator and head. With sequence parallelism
-the state holds this rank's share of the tokens; tokens, positions, documents and labels are always those of the whole micro-batch.
+A pipeline stage is a decoder that lacks parts: other stages' layers, the embedding, or norm, aggregator and head. Tokens, positions,
+documents and labels are always those of the whole micro-batch. The state holds this rank's share: of the tokens that of the
+context-parallel rank (`share_context`), of these that of the tensor-parallel rank (`share_tokens`); of the streams `streams_here`, where
+they are on several ranks. Behind the aggregator each of these ranks has a part of the tokens (`share_labels`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from megascale.config.schema import Model
 from megascale.config.size import end_width
 from megascale.model.altup import Blocks
-from megascale.model.attention import Attention, KeyValueCache, Packing, pack
+from megascale.model.attention import Attention, Borders, KeyValueCache, Packing, document_borders, pack
 from megascale.model.exchange import Exchange, identity
 from megascale.model.layers import RMSNorm, SwiGLU
 from megascale.model.loss import IGNORED
@@ -27,7 +29,7 @@ from megascale.model.origin import Draw, Origin, origin_of
 from megascale.model.reinforce import join_policies, reinforce
 from megascale.model.residual import blocks_of, contract, expand, residual_of
 from megascale.model.routing import Experts
-from megascale.model.streams import Aggregator, similarity
+from megascale.model.streams import Aggregator
 from megascale.model.strided import SequenceResidual
 from megascale.model.vocabulary import Embedding, Head
 
@@ -128,13 +130,13 @@ class Losses:
     policies: Tensor | None
     """[T of this rank, P, routed layers, 3] for the next stage (see `megascale.model.reinforce`); none but with rl_r before the last"""
     token_losses: Tensor | None
-    """[T] nats, 0 where there is no label; none but on the last stage"""
+    """nats, of the tokens whose loss is computed here (`share_labels`), 0 where there is no label; none but on the last stage"""
     statistics: dict[str, Tensor]
     """moe/layer_NN/load -> [P, E], choices of the tokens here; other names -> [2], a sum and its weight"""
     stream_weights: Tensor | None
-    """[T of this rank, P] of the aggregator"""
+    """[T of this rank, P] of the aggregator; with streams on several ranks, of this rank's share of the tokens"""
     stream_similarity: Tensor | None
-    """[T of this rank], mean cosine between the streams' final states; in training alone"""
+    """[T of this rank] as above, mean cosine between the streams' final states; in training alone"""
 
 
 class Decoder(nn.Module):
@@ -152,6 +154,12 @@ class Decoder(nn.Module):
         self.run_layer: Callable[[Any, Tensor, Packing, Origin], tuple[Tensor, dict[str, Tensor]]] = _run_layer
         self.run_streams = _run_streams
         self.share_tokens: Exchange = identity
+        self.share_context: Exchange = identity
+        self.join_context: Exchange = identity
+        self.share_labels: Exchange = identity
+        self.join_losses: Exchange = identity
+        self.document_borders: Borders = document_borders
+        self.streams_here = range(model.streams.count)
         ends = end_width(model)
         self.embedding = Embedding(model.vocab_size, ends)
         self.layers = nn.ModuleDict({str(i): Layer(model, i) for i in range(model.layers)})
@@ -163,9 +171,9 @@ class Decoder(nn.Module):
             self.head.weight = self.embedding.weight
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The state [T, 1, K, d] before the first layer, of tokens [B, S]: the streams do not differ yet."""
+        """The state [T, 1, K, d] before the first layer, of tokens [T]: the streams do not differ yet."""
         assert self.embedding is not None, "the first stage has the embedding"
-        return expand(self.embedding(tokens.flatten()), 1, self.config)
+        return expand(self.embedding(tokens), 1, self.config)
 
     def run(
         self, state: Tensor, packing: Packing, origin: Origin, watch: Callable[[str, Tensor], None] | None = None
@@ -205,8 +213,8 @@ class Decoder(nn.Module):
         """Last hidden states [T, d] of tokens [B, S], the aggregator's weights and the routers' reports. `positions` restart at each
         document, `documents` numbers them inside a text; `watch` as in `run`.
         """
-        packing, origin = pack(positions, documents, self.config), origin_of(tokens, NO_DRAW, self.share_tokens)
-        state, reports = self.run(self.embed(tokens), packing, origin, watch)
+        packing, origin = pack(positions, documents, self.config), origin_of(tokens, NO_DRAW, identity)
+        state, reports = self.run(self.embed(tokens.flatten()), packing, origin, watch)
         return *self.join(state), reports
 
     def forward(self, tokens: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
@@ -230,8 +238,11 @@ class Decoder(nn.Module):
         labels [B, S] (IGNORED: none); `scale` multiplies each token's loss (one over their number); `draw` is for routers that draw;
         `policies` those of the stage before (see `Losses`).
         """
-        state = self.embed(tokens) if state is None else state
-        packing, origin = pack(positions, documents, self.config), origin_of(tokens, draw, self.share_tokens)
+        state = self.embed(self.share_context(tokens.flatten())) if state is None else state
+        packing = pack(positions, documents, self.config, self.share_context, self.document_borders)
+        origin = origin_of(tokens, draw, lambda x: self.share_tokens(self.share_context(x)))
+        if len(self.streams_here) < self.config.streams.count:
+            origin = origin.of_streams(self.streams_here)
         state, reports = self.run_streams(self, state, packing, origin)
         auxiliary = {key: reports.pop(key) for key in AUXILIARY if key in reports}
         routed = [layer for layer in range(self.config.layers) if is_routed(layer, self.config)]
@@ -240,13 +251,14 @@ class Decoder(nn.Module):
         if self.head is None:
             return state, Losses(None, auxiliary, {}, policies, None, reports, None, None)
         states = self.last_states(state)
-        similar = similarity(states) if self.training and self.aggregator is not None else None
+        similar = self.aggregator.similarity(states) if self.training and self.aggregator is not None else None
         x, weights = self.aggregate(states)
-        lm, token_losses = self.head.loss(x, labels.flatten(), scale)
+        labels = self.share_context(labels.flatten())
+        lm, token_losses = self.head.loss(x, self.share_labels(labels), scale)
         rewarded: dict[str, Tensor] = {}
         if policies is not None:
-            reward, labelled = -self.share_tokens(token_losses), self.share_tokens(labels.flatten()) != IGNORED
-            rewarded, noise = reinforce(policies, reward, labelled, scale)
+            reward, labelled = -self.share_tokens(self.join_losses(token_losses)), self.share_tokens(labels) != IGNORED
+            rewarded, noise = reinforce(policies, reward, labelled, scale, self.config.streams.count)
             reports |= {f"{layer_metrics(layer)}/policy_noise": row for layer, row in zip(routed, noise, strict=True)}
         return state, Losses(lm, auxiliary, rewarded, None, token_losses, reports, weights, similar)
 
@@ -262,7 +274,7 @@ class Decoder(nn.Module):
         positions = torch.arange(cache.length, cache.length + new, device=tokens.device).expand(batch, -1)
         packing = pack(positions, torch.zeros_like(positions), self.config)
         assert self.head is not None
-        state, origin = self.embed(tokens), origin_of(tokens, NO_DRAW, self.share_tokens)
+        state, origin = self.embed(tokens.flatten()), origin_of(tokens, NO_DRAW, identity)
         for name, layer in self.layers.items():
             assert isinstance(layer, Layer)
             state = layer.decode(state, packing, origin, cache, int(name))

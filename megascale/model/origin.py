@@ -34,15 +34,15 @@ class Origin:
     key: Tensor
     """int64 [2]: seed and layer"""
     stream: Tensor | None = None
-    """int64 [1]: the number of the one stream here, whose tokens go through the layers by themselves; none: all P are here"""
+    """int64: the numbers of the streams here, whose tokens go through the layers without the others'; none: all P are here"""
 
     def at(self, layer: int) -> Origin:
         """For the choices of one layer."""
         return replace(self, key=torch.stack([self.key[0], torch.full_like(self.key[1], layer)]))
 
-    def of_stream(self, number: int) -> Origin:
-        """For a pass with this stream alone."""
-        return replace(self, stream=self.key.new_full((1,), number))
+    def of_streams(self, numbers: range) -> Origin:
+        """For a pass with these streams alone."""
+        return replace(self, stream=torch.arange(numbers.start, numbers.stop, device=self.key.device))
 
     def take(self, tokens: Tensor) -> Origin:
         """Of some of the tokens, by their numbers."""
@@ -52,7 +52,7 @@ class Origin:
         """Uniform numbers in [0, 1), fp64 [T, P, number], keyed by (seed, step, layer, sample, position, stream, which of them).
 
         Args:
-            streams: P, all of them or one.
+            streams: how many are here.
             number: of draws for each token and stream.
         """
         stream = torch.arange(streams, device=self.counter.device) if self.stream is None else self.stream

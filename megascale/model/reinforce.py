@@ -31,7 +31,9 @@ def join_policies(before: Tensor | None, here: Mapping[int, Tensor], layers: Seq
     return torch.stack([here.get(layer, column) for layer, column in zip(layers, columns, strict=True)], 2)
 
 
-def reinforce(policies: Tensor, reward: Tensor, rewarded: Tensor, scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def reinforce(
+    policies: Tensor, reward: Tensor, rewarded: Tensor, scale: Tensor, streams: int
+) -> tuple[dict[str, Tensor], Tensor]:
     """The losses of policies and baselines, and how noisy the policy's gradient is.
 
     A token's advantage A in a layer is its reward less the layer's baseline, without a gradient. All streams share the reward.
@@ -40,6 +42,7 @@ def reinforce(policies: Tensor, reward: Tensor, rewarded: Tensor, scale: Tensor)
         reward: [T], log-probability of each label, nats.
         rewarded: bool [T], whether there is one.
         scale: one over the number of loss tokens of the step.
+        streams: P of the model, of which `policies` may hold some.
 
     Returns:
         policy = -scale sum A log pi / P and baseline = scale sum (reward - b)^2 / P, summed over tokens, streams and layers; and for
@@ -49,7 +52,7 @@ def reinforce(policies: Tensor, reward: Tensor, rewarded: Tensor, scale: Tensor)
     mask = rewarded[:, None, None].to(policies.dtype)
     error = (reward[:, None, None].to(policies.dtype) - baseline) * mask
     advantage = error.detach()
-    weight = scale / policies.shape[1]
+    weight = scale / streams
     losses = {"policy": -(advantage * log_pi).sum() * weight, "baseline": error.square().sum() * weight}
     noise = (advantage.square() * squared_norm.detach()).sum((0, 1))
     return losses, torch.stack([noise, (mask.sum() * policies.shape[1]).expand_as(noise)], 1)

@@ -38,7 +38,7 @@ class Router(nn.Module, ABC):
 
     balance, router_z, entropy  losses (see `loss_weights`): this rank's part, the sum over ranks is the loss
     load [P, E]                 choices of the tokens here
-    residual [2]                s_base: largest relative column error of the plan, and 1 (a sum and its weight)
+    residual [2]                s_base: largest relative column error of each stream's plan, summed, and their number
     policy [T, P, 3]            rl_r: log-probability of the choice, baseline, squared norm of its gradient by the logits (see `policy`)
     """
 
@@ -173,9 +173,9 @@ class SinkhornRouter(LinearRouter):
             # the order of a row's experts in the plan is that of logits + potentials: the row's own factor cancels
             experts = (rows + potentials).topk(self.per_token, -1).indices.flatten(0, 1)
             columns = self.population_sum(column_sums(rows, potentials))
-            residual = column_error(columns).max()
+            errors = column_error(columns)
         report = {"load": self.counts(experts, origin), "router_z": self.router_z(logits, columns[0].sum())}
-        report["residual"] = torch.stack([residual, torch.ones_like(residual)])
+        report["residual"] = torch.stack([errors.sum(), torch.ones_like(errors).sum()])
         return self.renormalised(scores.gather(-1, experts)), experts, report
 
 

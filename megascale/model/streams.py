@@ -35,11 +35,26 @@ class PrefixNetwork(nn.Module):
         self.splits = {f"{name}.{kind}": by_head for name in ("key", "value") for kind in ("weight", "bias")}
 
     def forward(self, stream: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values [P, G, n, D] of the heads here, of all streams, or [1, G, n, D] of the one with this number [1]."""
+        """Keys and values [P, G, n, D] of the heads here, of all streams, or of those with these numbers."""
         embedding = self.embedding if stream is None else self.embedding.index_select(0, stream)
         hidden = torch.tanh(self.hidden(embedding))
         heads = (linear(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for linear in (self.key, self.value))
         return next(heads), next(heads)
+
+
+class StreamLinear(nn.Linear):
+    """A linear layer over all streams, one after the other: [T, P, d] -> [T, out]. Streams held elsewhere count as zero here;
+    `merge_streams` adds them.
+    """
+
+    def __init__(self, width: int, streams: int, out: int):
+        super().__init__(streams * width, out)
+        self.width, self.first_stream = width, 0
+        self.merge_streams: Exchange = identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        here = self.weight.narrow(1, self.first_stream * self.width, x.shape[1] * self.width)
+        return self.merge_streams(F.linear(x.flatten(1), here)) + self.bias
 
 
 class Aggregator(nn.Module):
@@ -47,32 +62,35 @@ class Aggregator(nn.Module):
 
     X is [T, P, d]; returns y [T, d] and w [T, P] (fp32). The hidden layer reads the streams one after the other (column p*d + j);
     the published checkpoints order them hidden-major (column j*P + p), which import and export permute.
+
+    Where X has only some of the streams, `scatter_streams` adds their parts of y; each rank then goes on with its share of the tokens.
     """
 
     def __init__(self, width: int, streams: int, smoothing: float, hidden: int | None = None):
         super().__init__()
-        self.hidden = nn.Linear(streams * width, hidden or width)
+        self.hidden = StreamLinear(width, streams, hidden or width)
         self.mix = nn.Linear(hidden or width, streams)
-        self.smoothing = smoothing
-        self.merge_streams: Exchange = identity
+        self.smoothing, self.streams = smoothing, streams
+        self.scatter_streams: Exchange = identity
+        self.share_streams: Exchange = identity
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scores = self.mix(F.silu(self.merge_streams(self.hidden(x.flatten(1)))))
+        scores = self.mix(F.silu(self.hidden(x)))
         wide = torch.promote_types(x.dtype, torch.float32)
-        weights = scores.to(wide).softmax(-1) * (1 - self.smoothing) + self.smoothing / x.shape[1]
-        return (weights[..., None] * x).sum(1).to(x.dtype), weights
+        weights = scores.to(wide).softmax(-1) * (1 - self.smoothing) + self.smoothing / self.streams
+        here = weights.narrow(1, self.hidden.first_stream, x.shape[1])
+        y = (here[..., None] * x).sum(1).to(x.dtype)
+        return self.scatter_streams(y), self.share_streams(weights)
 
+    @torch.no_grad()
+    def similarity(self, x: Tensor) -> Tensor:
+        """Mean cosine of the angles between the P streams of each token: x [T, P, d] -> fp32 [T].
 
-@torch.no_grad()
-def similarity(x: Tensor) -> Tensor:
-    """Mean cosine of the angles between the P streams of each token: x [T, P, d] -> fp32 [T].
-
-    With unit vectors u_p it is (|sum_p u_p|^2 - P) / (P (P - 1)): no pair is formed, and one stream at a time is widened.
-    """
-    streams = x.shape[1]
-    total = sum(F.normalize(one.float(), dim=-1) for one in x.unbind(1))
-    assert isinstance(total, Tensor)
-    return (total.square().sum(-1) - streams) / (streams * (streams - 1))
+        With unit vectors u_p it is (|sum_p u_p|^2 - P) / (P (P - 1)): no pair is formed, and one stream at a time is widened.
+        """
+        total = sum(F.normalize(one.float(), dim=-1) for one in x.unbind(1))
+        assert isinstance(total, Tensor)
+        return (self.scatter_streams(total).square().sum(-1) - self.streams) / (self.streams * (self.streams - 1))
 
 
 def join_reports(reports: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -85,8 +103,6 @@ def join_reports(reports: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
             joined[name] = torch.cat(parts)
         elif kind == "policy":
             joined[name] = torch.cat(parts, 1)
-        elif kind == "residual":  # of the worst stream
-            joined[name] = torch.stack(parts).amax(0)
         else:  # losses, and sums with their weights
             joined[name] = torch.stack(parts).sum(0)
     return joined

@@ -10,24 +10,42 @@ from megascale.model.decoder import Decoder
 from megascale.model.layers import SwiGLU
 from megascale.model.routers import Router
 from megascale.model.routing import Experts
+from megascale.model.streams import Aggregator, StreamLinear
 from megascale.model.vocabulary import Embedding, Head
-from megascale.parallel.collectives import ExpertExchange, gather, in_rank_order, join_vocabulary, scatter, share, total
-from megascale.parallel.mesh import STAGE, Mesh
+from megascale.parallel.collectives import (
+    ExpertExchange,
+    gather,
+    gather_rows,
+    in_rank_order,
+    join_vocabulary,
+    merge,
+    scatter,
+    share,
+    total,
+)
+from megascale.parallel.context import share_context
+from megascale.parallel.mesh import POPULATION, Mesh
 
 
-def apply(decoder: nn.Module, model: Model, mesh: Mesh) -> None:
-    """Connect the exchange points of a stage, in place. One rank: nothing to connect."""
+def apply(decoder: nn.Module, model: Model, mesh: Mesh, context: str = "all_gather") -> None:
+    """Connect the exchange points of a stage, in place. One rank: nothing to connect. `context` is `parallel.context`."""
     if mesh.size("tp") > 1:
         for module in decoder.modules():
             _split_over_tensor_ranks(module, mesh)
-    stage = mesh.along(*STAGE)
-    several = len(stage) > 1 and model.experts.scope == "global"
+    for module in decoder.modules():
+        if mesh.size("cp") > 1:
+            share_context(module, context, mesh)
+        if mesh.size("stream") > 1:
+            _split_over_stream_ranks(module, model.streams.count, mesh)
+    population = mesh.along(*POPULATION)
+    several = len(population) > 1 and model.experts.scope == "global"
     for module in decoder.modules():
         if isinstance(module, Router) and several:
-            module.population_sum = total(mesh.group(stage))
+            module.population_sum = total(mesh.group(population))
         if isinstance(module, Experts) and several:
-            # ranks of a stage count dp slowest and tp fastest, and so do the tokens of a micro-batch
-            module.population_order = in_rank_order(mesh.group(stage))
+            # these ranks count dp slowest and tp fastest, and so do the tokens of a micro-batch (not those of zig-zag chunks, which have
+            # no capacity: see `megascale.config.obstacles`)
+            module.population_order = in_rank_order(mesh.group(population))
         if isinstance(module, Experts) and mesh.size("ep") > 1:
             exchange = ExpertExchange(mesh.group(mesh.layout.expert_peers(mesh.world.rank)))
             module.dispatch, module.combine = exchange.dispatch, exchange.combine
@@ -46,3 +64,24 @@ def _split_over_tensor_ranks(module: nn.Module, mesh: Mesh) -> None:
         module.share_tokens = share(group)
     elif isinstance(module, Head):
         module.gather_tokens, module.join_vocabulary = gather(group), join_vocabulary(group)
+
+
+def _split_over_stream_ranks(module: nn.Module, streams: int, mesh: Mesh) -> None:
+    """Stream parallelism: every rank takes some of the streams through all layers; they meet in the aggregator, behind which each rank
+    goes on with a part of the tokens. For each micro-batch one all-reduce and one reduce-scatter of [T, d], whatever the depth.
+    """
+    peers = mesh.along("stream")
+    group, ranks = mesh.group(peers), len(peers)
+    here = streams // ranks
+    first = here * peers.index(mesh.world.rank)
+    if isinstance(module, StreamLinear):
+        module.first_stream, module.merge_streams = first, merge(group)
+    elif isinstance(module, Aggregator):
+        module.scatter_streams, module.share_streams = scatter(group), share(group)
+    elif isinstance(module, Decoder):
+        module.streams_here = range(first, first + here)
+        # the head sees the parts of all tensor-parallel ranks one after the other
+        tensor, name = mesh.size("tp"), group.group_name
+        number = peers.index(mesh.world.rank)
+        module.share_labels = lambda x: x.view(tensor, ranks, -1)[:, number].flatten()
+        module.join_losses = lambda x: gather_rows(x, ranks, name).view(ranks, tensor, -1).transpose(0, 1).flatten()

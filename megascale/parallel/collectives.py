@@ -49,6 +49,22 @@ def sum_over(x: Tensor, group: str) -> Tensor:
     return out
 
 
+@torch.library.custom_op("megascale::sum_parts", mutates_args=())
+def sum_parts(x: Tensor, group: str) -> Tensor:
+    """The sum over the ranks, each of which goes on with it in its own way. Backward: the same."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, group=_group(group))
+    return out
+
+
+@torch.library.custom_op("megascale::swap_rows", mutates_args=())
+def swap_rows(x: Tensor, group: str) -> Tensor:
+    """x [R, ...], entry r for rank r -> what the ranks have for this one, [R, ...] in rank order. Backward: the same."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, x.contiguous(), group=_group(group))
+    return out
+
+
 @torch.library.custom_op("megascale::exchange_rows", mutates_args=())
 def exchange_rows(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
     """Rows [N, d], `sent[r]` of them to rank r, in order -> `received[r]` rows from rank r, in order. Backward: the way back."""
@@ -72,6 +88,16 @@ def _(x: Tensor, group: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@sum_parts.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@swap_rows.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 @exchange_rows.register_fake
 def _(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
     return x.new_empty(sum(received), *x.shape[1:])
@@ -83,6 +109,9 @@ def _keep_arguments(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 gather_rows.register_autograd(lambda ctx, grad: (scatter_sum(grad, *ctx.arguments), None, None), setup_context=_keep_arguments)
 scatter_sum.register_autograd(lambda ctx, grad: (gather_rows(grad, *ctx.arguments), None, None), setup_context=_keep_arguments)
+
+sum_parts.register_autograd(lambda ctx, grad: (sum_parts(grad, *ctx.arguments), None), setup_context=_keep_arguments)
+swap_rows.register_autograd(lambda ctx, grad: (swap_rows(grad, *ctx.arguments), None), setup_context=_keep_arguments)
 
 
 def _exchange_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -111,8 +140,14 @@ def total(group: dist.ProcessGroup) -> Exchange:
     return lambda counts: sum_over(counts, name)
 
 
+def merge(group: dist.ProcessGroup) -> Exchange:
+    """The exchange point merge_streams: the sum over the streams of all ranks of the group, on each of them."""
+    name = group.group_name
+    return lambda x: sum_parts(x, name)
+
+
 def share(group: dist.ProcessGroup) -> Exchange:
-    """The exchange point share_tokens: this rank's share of what every rank of the group has for all tokens."""
+    """The exchange points share_tokens, share_streams: this rank's share of what every rank of the group has for all tokens."""
     ranks, rank = group.size(), group.rank()
     return lambda x: x.unflatten(0, (ranks, -1))[rank]
 

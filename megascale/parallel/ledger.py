@@ -100,6 +100,8 @@ _MODEL = {
     "gather_rows": _Operation("all-gather", 0, 2, shares=True),
     "scatter_sum": _Operation("reduce-scatter", 0, 2),
     "sum_over": _Operation("all-reduce", 0, 1, axis="stage"),
+    "sum_parts": _Operation("all-reduce", 0, 1, axis="stream"),
+    "swap_rows": _Operation("all-to-all", 0, 1, axis="cp"),
     "exchange_rows": _Operation("all-to-all", 0, 3),
 }
 """The operators of `megascale.parallel.collectives`; what they call inside is not seen."""

@@ -23,6 +23,9 @@ DATA = ("dp", "stream", "cp")
 """Axes over which every rank holds all parameters but the experts; ZeRO shards over them."""
 STAGE = ("dp", "stream", "cp", "tp")
 """All ranks of one pipeline stage."""
+POPULATION = ("dp", "cp", "tp")
+"""Axes over which the tokens of one stream in a micro-batch are spread: what routers count over. Each rank of `dp` reads sequences of its
+own, those that differ on other axes only read the same ones."""
 
 Ranks = tuple[int, ...]
 """Global ranks, ascending."""
@@ -151,10 +154,10 @@ def open_mesh(parallel: Parallel, model: Model, world: World) -> Mesh:
     """The mesh of a checked config with its process groups. Called by all ranks together."""
     layout = make_layout(parallel, model, world.size)
     kinds: tuple[Callable[[int], Ranks], ...] = (
-        lambda rank: layout.along(rank, "tp"),
-        lambda rank: layout.along(rank, "pp"),
+        *(lambda rank, axis=axis: layout.along(rank, axis) for axis in WORLD_AXES),
         lambda rank: layout.along(rank, *DATA),
         lambda rank: layout.along(rank, *STAGE),
+        lambda rank: layout.along(rank, *POPULATION),
         layout.expert_peers,
         layout.expert_holders,
         layout.kv_peers,

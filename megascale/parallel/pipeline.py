@@ -22,7 +22,7 @@ from megascale.model.origin import Draw
 from megascale.model.reinforce import NUMBERS
 from megascale.model.routers import loss_weights
 from megascale.parallel.engine import Engine
-from megascale.parallel.mesh import DATA, Mesh
+from megascale.parallel.mesh import Mesh
 
 Observe = Callable[[Losses, float], None]
 """Sees the losses of a micro-batch on a stage, and the micro-batch's share of the step's loss tokens."""
@@ -154,7 +154,7 @@ class Stages:
 
     def _draws(self, micro_batches: Sequence[MicroBatch], step_number: int) -> list[Draw]:
         """Where the draws of each micro-batch of this rank stand: its sequences are the rank's share of the global micro-batch."""
-        readers = self.mesh.along(*DATA)
+        readers = self.mesh.along("dp")
         first, sequences = readers.index(self.mesh.world.rank), micro_batches[0].tokens.shape[0]
         numbers = range(len(micro_batches))
         return [Draw(self.config.run.seed, step_number, (number * len(readers) + first) * sequences) for number in numbers]
@@ -181,14 +181,16 @@ class Stages:
 
     def _empty_state(self, tokens: int, device: torch.device | str) -> Tensor:
         model, dtype = self.config.model, torch.bfloat16 if self.config.precision == "bf16" else torch.float32
-        shape = (tokens // self.mesh.size("tp"), model.streams.count, model.altup.blocks, model.width)
+        here, streams = tokens // self.mesh.size("cp") // self.mesh.size("tp"), model.streams.count // self.mesh.size("stream")
+        shape = (here, streams, model.altup.blocks, model.width)
         return torch.empty(shape, dtype=dtype, device=device)
 
     def empty_policies(self, tokens: int, device: torch.device | str) -> Tensor:
         """Policies before the first routed layer, of this many tokens of this rank; with a gradient, as the schedules send one back."""
         model = self.config.model
         routed = sum(is_routed(layer, model) for layer in range(model.layers))
-        return torch.zeros(tokens, model.streams.count, routed, NUMBERS, device=device).requires_grad_()
+        streams = model.streams.count // self.mesh.size("stream")
+        return torch.zeros(tokens, streams, routed, NUMBERS, device=device).requires_grad_()
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> Tensor | None:
@@ -205,7 +207,8 @@ class Stages:
             state, losses = decoder.advance(state, here.tokens, here.positions, here.documents, here.labels, one)
             if losses.token_losses is None:
                 dist.send(state.contiguous(), pipeline[(stage + 1) % len(pipeline)], self.mesh.group(pipeline))
-            token_losses = losses.token_losses
+            else:
+                token_losses = decoder.join_context(decoder.join_losses(losses.token_losses))
         return token_losses
 
     def train(self, mode: bool) -> None:

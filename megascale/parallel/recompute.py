@@ -28,22 +28,21 @@ def _stream_by_stream(decoder: Decoder, state: Tensor, packing: Packing, origin:
     """
     if not torch.is_grad_enabled():  # nothing is kept anyway
         return decoder.run(state, packing, origin)
-    count = decoder.config.streams.count
+    numbers = decoder.streams_here
     # split: its backward puts the gradients together once, that of an index would fill a P-wide zero tensor for each stream
-    inputs = [state] * count if state.shape[1] == 1 else state.split(1, 1)
+    inputs = [state] * len(numbers) if state.shape[1] == 1 else state.split(1, 1)
     states, reports = [], []
-    for number, one in enumerate(inputs):
-        last, report = checkpoint(
-            decoder.run, one, packing, origin.of_stream(number), use_reentrant=False, preserve_rng_state=False
-        )
+    for number, one in zip(numbers, inputs, strict=True):
+        alone = origin.of_streams(range(number, number + 1))
+        last, report = checkpoint(decoder.run, one, packing, alone, use_reentrant=False, preserve_rng_state=False)
         states.append(last)
         reports.append(report)
     return torch.cat(states, 1), join_reports(reports)
 
 
 def apply_recompute(decoder: Decoder, mode: str, rebuilds: bool = True) -> None:
-    """Set what a stage keeps for the backward pass, in place. A phase with one stream keeps everything in the mode `stream`: that is the
-    memory it asks for.
+    """Set what a stage keeps for the backward pass, in place. With one stream (of a phase, or here) the mode `stream` keeps everything:
+    that is the memory it asks for.
 
     Args:
         mode: `parallel.recompute`.
@@ -51,5 +50,5 @@ def apply_recompute(decoder: Decoder, mode: str, rebuilds: bool = True) -> None:
     """
     if mode == "layer" and (not rebuilds or not rebuild_states(decoder)):
         decoder.run_layer = _recomputed_layer
-    elif mode == "stream" and decoder.config.streams.count > 1:
+    elif mode == "stream" and len(decoder.streams_here) > 1:
         decoder.run_streams = _stream_by_stream

@@ -112,7 +112,7 @@ def build_stages(config: Config, mesh: Mesh) -> tuple[Stages, dict[str, nn.Param
         cut(decoder, stage, config.parallel)
         placements |= (here := shard(decoder, mesh))
         materialise(decoder, here, config.run.seed, mesh.world.device.torch)
-        apply(decoder, config.model, mesh)
+        apply(decoder, config.model, mesh, config.parallel.context)
         # ZeRO 3 gathers weights in the order of the forward pass, which rebuilding does not keep to
         apply_recompute(decoder, config.parallel.recompute, rebuilds=zero_stage_of(config, mesh.world.size) != 3)
         parameters |= named_parameters(decoder)

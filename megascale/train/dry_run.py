@@ -230,7 +230,7 @@ def fewest_micro_batches(config: Config) -> int:
 def _step(stages: Stages, engine: PlainEngine, mesh: Mesh, micro_batches: int, reduces: bool) -> tuple[MetaMemory, Ledger]:
     """Forward and backward of a step, and the plain engine's reduction."""
     state = [*engine.parameters.values(), *engine.masters.values(), *engine.flats.values()]
-    batch = _batch(stages.config, len(mesh.along(*DATA)))
+    batch = _batch(stages.config, mesh.size("dp"))
     engine.overlap = reduces and engine.overlap
     memory, ledger = MetaMemory([*state, batch.tokens, batch.labels, batch.positions, batch.documents]), Ledger(mesh)
     scale = torch.empty((), device="meta")

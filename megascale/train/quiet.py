@@ -19,7 +19,6 @@ from torch import Tensor
 
 from megascale.model.attention import Attention
 from megascale.model.initialize import PREFIX_STD, normal_rectangle
-from megascale.parallel.mesh import DATA
 from megascale.train.batch_stream import step_batches
 from megascale.train.build import Parts
 
@@ -62,7 +61,7 @@ def least_attended_key(moments: Tensor) -> Tensor:
 
 def _keys(parts: Parts, step: int) -> dict[int, Tensor]:
     """The key of each layer on this rank, by the queries of the first micro-batch of a step, of all ranks with the same heads."""
-    mesh, readers = parts.mesh, parts.mesh.along(*DATA)
+    mesh, readers = parts.mesh, parts.mesh.along("dp")
     batch = next(
         step_batches(parts.data.train, parts.config.batch, step, step, readers.index(mesh.world.rank), len(readers))
     ).micro_batches[0]

@@ -24,7 +24,6 @@ from megascale.model.accounting import flops_per_token, hardware_flops_per_token
 from megascale.observe.sinks import Sink
 from megascale.observe.throughput import peak_flops, throughput
 from megascale.parallel.buffers import buffer_rectangles, load_buffers
-from megascale.parallel.mesh import DATA
 from megascale.parallel.world import World
 from megascale.train.batch_stream import StepBatch, step_batches
 from megascale.train.build import Parts
@@ -127,7 +126,7 @@ class Trainer:
         """Train until the phase is done, or stopped; returns the reason for exit.json."""
         config, steps = self.config, self.span.last
         profiler = StepProfiler(config.profile, self.folder / "logs", self.world.rank)
-        readers = self.mesh.along(*DATA)
+        readers = self.mesh.along("dp")
         batches = step_batches(
             self.parts.data.train,
             config.batch,
@@ -175,7 +174,7 @@ class Trainer:
         started = time.perf_counter()
         batch: StepBatch = next(batches)
         data_seconds = time.perf_counter() - started
-        counts = self.mesh.sum(self._counts(batch.micro_batches), *DATA)
+        counts = self.mesh.sum(self._counts(batch.micro_batches), "dp")
         loss_tokens, (positions, kept, all_tokens) = counts[:-3], counts[-3:].tolist()
         step_tokens = int(loss_tokens.sum())
         tally = self._gradients(batch, (loss_tokens / step_tokens).tolist(), step_tokens)

@@ -11,7 +11,7 @@ from megascale.config.schema import Config
 from megascale.data.batches import SequenceSet
 from megascale.data.open_data import OpenData
 from megascale.model.loss import IGNORED
-from megascale.parallel.mesh import DATA, Mesh
+from megascale.parallel.mesh import Mesh
 from megascale.parallel.pipeline import Stages
 from megascale.train.altup_health import altup_health
 
@@ -29,8 +29,8 @@ def held_out_loss(
     """
     count = min(count, len(sequences))
     sums = torch.zeros(3, dtype=torch.float64)
-    readers = mesh.along(*DATA)
-    counts_here = stages.is_last and mesh.place["tp"] == 0
+    readers = mesh.along("dp")
+    counts_here = stages.is_last and not any(mesh.place[axis] for axis in ("stream", "cp", "tp"))
     for first in range(0, count, len(readers) * BATCH):
         start = first + readers.index(mesh.world.rank) * BATCH
         share = range(start, min(start + BATCH, count))

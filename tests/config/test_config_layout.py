@@ -137,8 +137,30 @@ TWO_MICRO_BATCHES = "batch: {micro_batches: 2}\n"
         (EIGHT_EXPERTS + "parallel: {dp: 2, tp: 2, ep: 8}", "ep 8 does not divide the 4 ranks of a pipeline stage"),
         (TWO_MICRO_BATCHES + "parallel: {pp: 2, zero_stage: 3}", "pp 2 is not possible with parallel.zero_stage 3; pp 1 works"),
         (EIGHT_EXPERTS + "parallel: {ep: 2, zero_stage: 3}", "ep 2 is not possible with parallel.zero_stage 3; ep 1 works"),
-        ("parallel: {stream: 2}", "parallel.stream: stream 2 is not available in this version"),
-        ("parallel: {cp: 2}", "parallel.cp: cp 2 is not available in this version"),
+        (
+            "parallel: {stream: 2}",
+            "parallel.stream: stream 2 does not divide the 1 streams (model.streams.count); stream 1 works",
+        ),
+        (
+            "model: {streams: {count: 4}}\nschedule: {phases: [{steps: 1, streams: 1}, {steps: 1}]}\nparallel: {stream: 2}",
+            "stream 2 does not divide the 1 streams of a phase (schedule.phases.streams); stream 1 works",
+        ),
+        ("model: {streams: {count: 6}}\nparallel: {stream: 3}", "stream 3 x cp 1 x tp 1 does not divide data.sequence_length"),
+        (
+            "model: {streams: {count: 2}}\nparallel: {stream: 2, recompute: stream}",
+            "stream keeps one stream's activations at a time, and each rank has one; set parallel.recompute=layer",
+        ),
+        ("parallel: {cp: 3}", "cp 3 x 2 chunks x tp 1 x stream 1 does not divide data.sequence_length"),
+        ("model: {kv_heads: 2}\nparallel: {cp: 4, context: ulysses}", "cp 4 does not divide the 2 key/value heads of a rank, which ulysses shares"),
+        ("model: {sliding_window: 8}\nparallel: {cp: 2}", "gathers keys without a window (model.sliding_window), which"),
+        (
+            "model: {experts: {count: 8, capacity_factor: 1.0}}\nparallel: {cp: 2}",
+            "leaves tokens out of the order by which capacity is given, which parallel.context=ulysses keeps",
+        ),
+        (
+            "model: {altup: {form: sequence}}\nparallel: {cp: 2}",
+            "whose kept tokens are not shared evenly (model.altup.form); cp 1",
+        ),
         (
             TWO_MICRO_BATCHES + "parallel: {pp: 2, schedule: interleaved}",
             "interleaved needs at least 2 stages a rank; set parallel.virtual_stages=2, or parallel.schedule=1f1b",

@@ -132,7 +132,7 @@ BAD_SETTINGS = {
     "an uneven batch": ("batch.micro_batches=3", ["4 sequences / 3 micro-batches", "the nearest that works is 3 or 6"]),
     "a missing corpus": ("data.sources=[{path: nowhere}]", ["nowhere: there is no such corpus", "megascale prepare"]),
     "a small vocabulary": ("model.vocab_size=50", ["model.vocab_size: 50 is less than the tokenizer's"]),
-    "a layout of the future": ("parallel.cp=2", ["cp 2 is not available"]),
+    "context ranks that share no heads": ("parallel={cp: 3, context: ulysses}", ["parallel.cp: cp 3", "key/value heads"]),
     "a malformed override": ("model.width", ["model.width"]),
 }
 

@@ -211,7 +211,51 @@ def test_gradcheck(shared: bool) -> None:
 def test_the_operators_are_registered_correctly(case: Case) -> None:
     tensors, borders = case.inputs(torch.float32)
     prefixes = tensors[3:] or [None, None]
-    arguments = (*tensors[:3], *prefixes, borders, max(case.lengths), case.window or 0)
+    arguments = (*tensors[:3], *prefixes, None, None, None, borders, max(case.lengths), case.window or 0)
+    torch.library.opcheck(torch.ops.megascale.attention.default, arguments)
+
+
+def with_context(case: Case, here: tuple[int, int], tensors: list[Tensor], borders: Tensor) -> Tensor:
+    """Attention of the tokens [first, last) alone, which see what their first document has before them as a context."""
+    first, last = here
+    edges = borders.tolist()
+    before = max(edge for edge in edges if edge <= first)
+    after = min(edge for edge in edges if edge > first)
+    inner = [edge - first for edge in edges if first < edge < last]
+    local = torch.tensor([0, *inner, last - first], dtype=torch.int32)
+    spans = torch.tensor([[0, min(after, last) - first, before, first], [0, 0, 0, 0]])
+    q, k, v, *prefixes = tensors
+    part = slice(first, last)
+    context = (k, v, spans)
+    return attention(q[part], k[part], v[part], local, max(case.lengths), None, *(prefixes or [None, None]), context=context)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@settings(max_examples=25)
+@given(case=cases | plain_cases, cut=st.floats(0.05, 0.95))
+def test_tokens_with_a_context_have_what_they_have_in_the_whole(dtype: torch.dtype, case: Case, cut: float) -> None:
+    """As on two context-parallel ranks: their parts together are the whole, and so are the sums of their gradients."""
+    case = replace(case, window=None)
+    tensors, borders = case.inputs(dtype)
+    middle = max(1, int(sum(case.lengths) * cut))
+    halves = [half for half in ((0, middle), (middle, sum(case.lengths))) if half[0] < half[1]]
+    found = torch.cat([with_context(case, half, tensors, borders) for half in halves])
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    expected = case.call(attention_reference, wide, borders)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    grads = torch.autograd.grad((found * weights).sum(), tensors)
+    true = torch.autograd.grad((expected * weights.double()).sum(), wide)
+    for got, wanted in zip([found, *grads], [expected, *true], strict=True):
+        assert (got.double() - wanted).abs().max().item() <= TOLERANCE[dtype] * max(wanted.abs().max().item(), 1.0)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_operator_with_a_context_is_registered_correctly(shared: bool) -> None:
+    case = Case((5, 6), streams=2, groups=1, queries=2, slots=2, shared=shared)
+    tensors, borders = case.inputs(torch.float32)
+    keys, values = (x.detach().clone().requires_grad_() for x in tensors[1:3])
+    spans = torch.tensor([[0, 5, 2, 7], [0, 0, 0, 0]])
+    arguments = (*tensors, keys, values, spans, borders, 6, 0)
     torch.library.opcheck(torch.ops.megascale.attention.default, arguments)
 
 

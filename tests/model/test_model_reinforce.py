@@ -118,7 +118,7 @@ def test_the_policy_finds_the_expert_that_is_rewarded() -> None:
         log_pi, norm = log_probability(logits, experts)
         reward = (experts[:, 0] == best).float()
         policies = torch.stack([log_pi, torch.full_like(log_pi, 0.3), norm], -1)[:, None, None]
-        losses, _ = reinforce(policies, reward, torch.ones(120, dtype=torch.bool), torch.tensor(1 / 120))
+        losses, _ = reinforce(policies, reward, torch.ones(120, dtype=torch.bool), torch.tensor(1 / 120), policies.shape[1])
         (gradient,) = torch.autograd.grad(losses["policy"], weight)
         with torch.no_grad():
             weight -= 5 * gradient

@@ -15,7 +15,7 @@ from megascale.model.exchange import identity
 from megascale.model.initialize import PREFIX_STD, initialize
 from megascale.model.origin import Draw, origin_of
 from megascale.model.residual import expand
-from megascale.model.streams import Aggregator, similarity
+from megascale.model.streams import Aggregator
 from tiny import Batch, gradients, largest_error, packed_batch, tiny_decoder, tiny_model
 
 BATCH = packed_batch([[7, 5], [12]])
@@ -168,19 +168,24 @@ def test_it_is_what_every_stream_would_have_computed(settings: dict) -> None:
 # Correlation --------------------------------------------------------------------------------------------------------------
 
 
+def of(x: torch.Tensor) -> Aggregator:
+    """An aggregator of these streams [T, P, d]."""
+    return Aggregator(x.shape[2], x.shape[1], 0.1)
+
+
 @settings(max_examples=20)
 @given(tokens=st.integers(1, 5), streams=st.integers(2, 6), seed=st.integers(0, 99))
 def test_the_similarity_is_the_mean_cosine_over_pairs(tokens: int, streams: int, seed: int) -> None:
     x = torch.randn(tokens, streams, 7, generator=torch.Generator().manual_seed(seed))
     pairs = [torch.cosine_similarity(x[:, p], x[:, q], dim=-1) for p in range(streams) for q in range(p)]
-    torch.testing.assert_close(similarity(x), torch.stack(pairs).mean(0), rtol=1e-4, atol=1e-5)
-    assert not similarity(x.requires_grad_()).requires_grad
+    torch.testing.assert_close(of(x).similarity(x), torch.stack(pairs).mean(0), rtol=1e-4, atol=1e-5)
+    assert not of(x).similarity(x.requires_grad_()).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_equal_streams_have_the_similarity_one(dtype: torch.dtype) -> None:
     x = torch.randn(4, 1, 8).to(dtype).expand(-1, 3, -1)
-    found = similarity(x * torch.tensor([1.0, 2.0, 0.5], dtype=dtype)[:, None])
+    found = of(x).similarity(x * torch.tensor([1.0, 2.0, 0.5], dtype=dtype)[:, None])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, torch.ones(4), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
 
