@@ -97,9 +97,7 @@ FEATURES: dict[str, Feature] = {
         ("parallel.pp=2", "parallel.schedule=interleaved", "parallel.virtual_stages=2"), choice="pipeline", ranks=2, layout=True
     ),
     "context parallel, all-gather": Feature(("parallel.cp=2",), choice="context", ranks=2, layout=True),
-    "context parallel, Ulysses": Feature(
-        ("parallel.cp=2", "parallel.context=ulysses"), choice="context", ranks=2, layout=True
-    ),
+    "context parallel, Ulysses": Feature(("parallel.cp=2", "parallel.context=ulysses"), choice="context", ranks=2, layout=True),
     "stream parallel": Feature(("parallel.stream=2",), needs="P streams", ranks=2, layout=True),
     "expert parallel": Feature(("parallel.ep=2",), needs="experts: softmax", layout=True),
     "ZeRO 1": Feature(("parallel.zero_stage=1",), choice="engine", layout=True),

@@ -8,7 +8,6 @@ import torch
 
 from megascale.config.schema import Config
 from megascale.parallel.ledger import Entry, Ledger
-from megascale.parallel.mesh import DATA
 from megascale.train.batch_stream import step_batches
 from runs import build_parts, one_process
 
@@ -17,7 +16,7 @@ def ledger_of_a_step(rank: int, size: int, settings: dict[str, Any]) -> list[Ent
     """A rank's ledger of the second step: in the first one the stages of a pipeline also get to know each other."""
     config = Config.model_validate(settings)
     parts = build_parts(config, one_process(rank, size))
-    readers, engine = parts.mesh.along(*DATA), parts.engine
+    readers, engine = parts.mesh.along("dp"), parts.engine
     entries: list[Entry] = []
     for batch in step_batches(parts.data.train, config.batch, 1, 2, readers.index(rank), len(readers)):
         count = len(batch.micro_batches)

@@ -151,7 +151,10 @@ TWO_MICRO_BATCHES = "batch: {micro_batches: 2}\n"
             "stream keeps one stream's activations at a time, and each rank has one; set parallel.recompute=layer",
         ),
         ("parallel: {cp: 3}", "cp 3 x 2 chunks x tp 1 x stream 1 does not divide data.sequence_length"),
-        ("model: {kv_heads: 2}\nparallel: {cp: 4, context: ulysses}", "cp 4 does not divide the 2 key/value heads of a rank, which ulysses shares"),
+        (
+            "model: {kv_heads: 2}\nparallel: {cp: 4, context: ulysses}",
+            "cp 4 does not divide the 2 key/value heads of a rank, which ulysses shares",
+        ),
         ("model: {sliding_window: 8}\nparallel: {cp: 2}", "gathers keys without a window (model.sliding_window), which"),
         (
             "model: {experts: {count: 8, capacity_factor: 1.0}}\nparallel: {cp: 2}",

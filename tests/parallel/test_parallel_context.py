@@ -17,6 +17,7 @@ from ranks import RankPool
 MODEL = "model={width: 32, layers: 4, heads: 4, kv_heads: 2, ffn_width: 64}"
 STREAMS4 = "model.streams={count: 4, prefix_tokens: 4}"
 ULYSSES = "parallel.context=ulysses"
+COMPILED = "compile=on"
 VALIDATION = "validation={every: 2, sequences: 3}"
 
 
@@ -76,6 +77,8 @@ CASES = {
     "stream2-cp2-tp2": (8, "{stream: 2, cp: 2, tp: 2}", (VALIDATION,)),
     "stream2-cp2-ulysses-pp2": (8, "{stream: 2, cp: 2, pp: 2}", (ULYSSES,)),
     **{f"stream2-cp2, {router}": (4, "{stream: 2, cp: 2}", (f"model.experts.router={router}",)) for router in ("s_base", "rl_r")},
+    "stream2-cp2, compiled": (4, "{stream: 2, cp: 2}", (COMPILED,)),
+    "stream2-cp2-ulysses, compiled": (4, "{stream: 2, cp: 2}", (ULYSSES, COMPILED)),
     "stream2-cp2-pp2, rl_r": (8, "{stream: 2, cp: 2, pp: 2}", ("model.experts.router=rl_r",)),
 }
 QUICK = (
@@ -101,7 +104,7 @@ def test_a_layout_trains_the_run_of_one_process(ranks: RankPool, tmp_path: Path,
     world, parallel, settings = {**CASES, **ZERO}[name]
     parallel = parallel if "zero_stage" in parallel else parallel[:-1] + ", zero_stage: 0}"
     found = train(ranks, tmp_path, tiny_corpus, world, "run", MODEL, *ADAMW, f"parallel={parallel}", *settings)
-    alone = [setting for setting in settings if setting not in (ULYSSES, CUT_ALL)]
+    alone = [setting for setting in settings if setting not in (ULYSSES, CUT_ALL, COMPILED)]
     one = train(ranks, tmp_path, tiny_corpus, 1, "one", MODEL, *ADAMW, *alone)
     assert problems(found, one) == []
 

@@ -147,9 +147,11 @@ def load_and_save(rank: int, size: int, settings: dict[str, Any], folder: str) -
     return run.trainer.progress.step
 
 
+ALL_LAYOUTS = {**LAYOUTS, "stream2-cp2": (4, "parallel={stream: 2, cp: 2, zero_stage: 0}")}
 CHANGES = [
     ("pp2-tp2-dp2", "tp2-ep4-dp2"),
-    ("tp2-ep4-dp2", "pp2-interleaved"),
+    ("tp2-ep4-dp2", "stream2-cp2"),
+    ("stream2-cp2", "pp2-interleaved"),
     ("pp2-ep2-dp2", "tp4"),
     ("tp4", "pp2-tp2-ep2-dp2"),
 ]
@@ -162,9 +164,9 @@ def test_a_checkpoint_of_one_layout_is_continued_in_another(
 ) -> None:
     whole = one(*ADAMW, steps=5)
     before = train(
-        ranks, tmp_path, tiny_corpus, LAYOUTS[first][0], "run", MODEL, *ADAMW, LAYOUTS[first][1], steps=5, stop_after=2
+        ranks, tmp_path, tiny_corpus, ALL_LAYOUTS[first][0], "run", MODEL, *ADAMW, ALL_LAYOUTS[first][1], steps=5, stop_after=2
     )
-    world, parallel = LAYOUTS[second]
+    world, parallel = ALL_LAYOUTS[second]
     # loaded and saved again, every weight and every moment keeps its bits
     config = layout_config(tmp_path, tiny_corpus, "run", MODEL, *ADAMW, parallel, "schedule.steps=5")
     assert set(ranks.run(load_and_save, config.model_dump(), str(tmp_path / "again"), world_size=world)) == {2}

@@ -91,3 +91,24 @@ def test_a_real_step_sends_what_the_formulas_say(ranks: RankPool, tmp_path: Path
             assert sent["tp", kind] == micro_batches * (layers * layer + end - (first if rank < 2 else 0))
         # the state of this rank's half of the tokens, forward from the first stage, its gradient backward from the second
         assert sent["pp", "send"] == micro_batches * state * blocks // 2
+
+
+def test_context_and_stream_ranks_send_what_the_formulas_say(ranks: RankPool, tmp_path: Path, tiny_corpus: Path) -> None:
+    """Four layers on cp = 2 x stream = 2 of fp32: T tokens of a micro-batch, P = 2 streams of which a rank has one, n = 2 ranks."""
+    micro_batches, layers, width, kv_width = 2, 4, 32, 2 * 8
+    tokens, half = 8 // micro_batches * 32, Fraction(1, 2)
+    config = tiny_config(
+        tmp_path, tiny_corpus, "model={width: 32, layers: 4, heads: 4, kv_heads: 2, ffn_width: 64}", ALL_AXES[0], ALL_AXES[2],
+        "batch={sequences: 8, micro_batches: 2}", "parallel={stream: 2, cp: 2, zero_stage: 0}",
+    )  # fmt: skip
+    for entries in ranks.run(ledger_of_a_step, config.model_dump(), world_size=4):
+        sent = {(entry.axis, entry.kind): entry.sent for entry in entries}
+        # forward: keys and values of all tokens; backward: their gradients
+        for kind in ("all-gather", "reduce-scatter"):
+            assert sent["cp", kind] == micro_batches * layers * half * 2 * tokens * kv_width * 4
+        # of this context rank's tokens: the aggregator's hidden layer, forward and backward; the weighted sum, and the sum of unit vectors
+        # for the record; the gradient of the former
+        state = tokens // 2 * width * 4
+        assert sent["stream", "all-reduce"] == micro_batches * 2 * 2 * half * state
+        assert sent["stream", "reduce-scatter"] == micro_batches * 2 * half * state
+        assert sent["stream", "all-gather"] == micro_batches * half * state

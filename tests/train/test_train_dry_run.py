@@ -56,11 +56,13 @@ LAYOUTS = {
         "parallel={pp: 2, schedule: interleaved, virtual_stages: 2, zero_stage: 0}",
         "model.tie_embeddings=true",
     ),
+    "stream2-cp2-tp2": (8, "parallel={stream: 2, cp: 2, tp: 2, zero_stage: 0}", "precision=bf16"),
+    "ulysses": (4, "parallel={pp: 2, cp: 2, context: ulysses, zero_stage: 0}"),
     "pp2-tp2-ep2-streams-apart": (4, "parallel={pp: 2, tp: 2, ep: 2, zero_stage: 0, recompute: stream}"),
 }
 
 
-QUICK = ("tp2-ep4-dp2", "pp2-tp2-ep2")
+QUICK = ("tp2-ep4-dp2", "pp2-tp2-ep2", "stream2-cp2-tp2")
 
 
 @pytest.mark.parametrize("layout", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS])
