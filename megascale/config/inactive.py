@@ -92,7 +92,8 @@ def _rest(config: Config) -> dict[KeyPath, str]:
     if config.validation.every == 0:
         found["validation", "sequences"] = "validation.every is 0"
     if config.checkpoint.every == 0:
-        found["checkpoint", "keep_last"] = found["checkpoint", "keep_every"] = "checkpoint.every is 0"
+        for name in ("background", "keep_last", "keep_every"):
+            found["checkpoint", name] = "checkpoint.every is 0"
     if config.parallel.pp == 1:
         found["parallel", "schedule"] = found["parallel", "virtual_stages"] = "parallel.pp is 1"
     elif config.parallel.schedule == "1f1b":

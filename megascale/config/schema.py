@@ -287,6 +287,10 @@ class Checkpoint(Node):
     """What is kept on disk. The last step is always saved."""
 
     every: int = field(500, "steps between checkpoints; 0 = only the last", ge=0)
+    background: bool = field(
+        True,
+        "write while the training goes on: a step waits for a copy in host memory (weights and moments once more), not for the disk",
+    )
     keep_last: int = field(2, "newest checkpoints kept", ge=1)
     keep_every: int = field(0, "checkpoints at multiples of this many steps are kept for good; 0 = none", ge=0)
 

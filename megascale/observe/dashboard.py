@@ -89,7 +89,7 @@ SECTIONS: tuple[Section, ...] = (
             Panel("TFLOP/s per device", ("perf/tflops_per_gpu",)),
             Panel("Model FLOPs utilisation", ("perf/mfu", "perf/mfu_full", "perf/hfu"), needs="known_peak"),
             Panel("Seconds per step", ("perf/step_seconds",), x="step"),
-            Panel("Seconds waiting for data", ("perf/data_seconds",), x="step"),
+            Panel("Seconds waiting for data and checkpoints", ("perf/data_seconds", "perf/checkpoint_seconds"), x="step"),
         ),
     ),
     Section(

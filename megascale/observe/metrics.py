@@ -49,6 +49,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("optim/lr/{group}", "learning rate", "learning rate of a parameter group", "optimizer"),
     Metric("perf/step_seconds", "seconds", "wall time of the step", "throughput"),
     Metric("perf/data_seconds", "seconds", "part of the step spent waiting for data", "throughput"),
+    Metric(
+        "perf/checkpoint_seconds", "seconds", "how long steps have waited for checkpoints since the last record", "throughput"
+    ),
     Metric("perf/tokens_per_second", "tokens/s", "loss tokens per second, all devices", "throughput"),
     Metric("perf/tokens_per_second_per_gpu", "tokens/s", "loss tokens per second and device", "throughput"),
     Metric("perf/tflops_per_gpu", "TFLOP/s", "model FLOPs per second and device", "throughput"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -41,6 +41,19 @@ class World:
         things: list[Any] = [None] * self.size
         dist.all_gather_object(things, thing)
         return things
+
+    def aside(self) -> Callable[[Any], list[Any]]:
+        """`gather` over a process group of its own, for a thread beside the training. Called by all ranks together."""
+        if self.size == 1:
+            return self.gather
+        group = dist.new_group(backend="gloo")
+
+        def gather(thing: Any) -> list[Any]:
+            things: list[Any] = [None] * self.size
+            dist.all_gather_object(things, thing, group)
+            return things
+
+        return gather
 
     def broadcast(self, thing: Any) -> Any:
         """Rank 0's object."""

@@ -12,10 +12,10 @@ from typing import TextIO
 
 import torch
 
+from megascale.checkpoint.background import BackgroundSaver
 from megascale.checkpoint.errors import SaveError
 from megascale.checkpoint.load import open_newest
 from megascale.checkpoint.retention import prune
-from megascale.checkpoint.save import save_checkpoint
 from megascale.checkpoint.tensors import ORIGIN
 from megascale.config.phases import Span
 from megascale.data.batches import MicroBatch
@@ -78,6 +78,9 @@ class Trainer:
         self.config, self.engine, self.stages, self.mesh = parts.config, parts.engine, parts.stages, parts.mesh
         self.peak_flops = peak_flops(world.device.name())
         self.checkpoints = folder / "checkpoints"
+        self.found: list[str] = []
+        self.saver = BackgroundSaver(world.rank, world.size, world.aside())
+        self.saving_seconds = 0.0
         self.recovery = Recovery()
         self.progress = self._resume(start)
 
@@ -136,7 +139,7 @@ class Trainer:
             len(readers),
         )
         stacks = (self.folder / "logs" / f"stacks-rank-{self.world.rank}.txt").open("a")
-        with prefetch(batches) as prefetched, stacks:
+        with prefetch(batches) as prefetched, stacks, self.saver:
             level = StopRequest.NONE
             while self.progress.step < steps and level == StopRequest.NONE:
                 self._watch(stacks)
@@ -151,7 +154,7 @@ class Trainer:
                 level = self._agreed(stop.poll(self.world.rank))
                 self._watch(stacks)
                 if level or step == steps:
-                    self._save()
+                    self._save_last()
                 elif config.checkpoint.every and step % config.checkpoint.every == 0:
                     self._try_to_save()
             faulthandler.cancel_dump_traceback_later()
@@ -211,6 +214,7 @@ class Trainer:
             **self.recovery.add(metrics["train/lm_loss"], progress.tokens),
             **throughput(seconds, step_tokens, flops, flops_full, flops_hardware, self.world.size, self.peak_flops),
             "perf/data_seconds": data_seconds,
+            "perf/checkpoint_seconds": self._saving_seconds(),
             **self.world.device.memory(),
             **self.parts.data.train.progress(batch.consumed),
             "guard/skipped_steps": progress.skipped_steps,
@@ -256,14 +260,42 @@ class Trainer:
                 "lower optimizer.lr, or restart from an earlier checkpoint by deleting the newer ones"
             )
 
+    def _saving_seconds(self) -> float:
+        """How long steps have waited for checkpoints since the last record."""
+        seconds, self.saving_seconds = self.saving_seconds, 0.0
+        return seconds
+
     def _try_to_save(self) -> None:
         """A checkpoint on the way. A full disk costs this one, not the run: the earlier ones stay, and the next one may fit again."""
-        try:
-            self._save()
-        except SaveError as error:
-            self.say(f"warning: no checkpoint at step {self.progress.step}, training goes on: {error}")
+        started = time.perf_counter()
+        self._finish_save()
+        self._start_save()
+        if not self.config.checkpoint.background:
+            self._finish_save()
+        self.saving_seconds += time.perf_counter() - started
 
-    def _save(self) -> None:
+    def _finish_save(self) -> None:
+        """Wait for the checkpoint that is being written, if one is."""
+        try:
+            self.saver.wait()
+        except SaveError as error:
+            self.say(f"warning: no checkpoint at step {self.saver.step}, training goes on: {error}")
+        self._say_found()
+
+    def _save_last(self) -> None:
+        """The checkpoint at the end of the run, without which it has failed."""
+        self._finish_save()
+        self._start_save()
+        self.saver.wait()
+        self._say_found()
+
+    def _say_found(self) -> None:
+        """What pruning has found, in this thread."""
+        for line in self.found:
+            self.say(line)
+        self.found.clear()
+
+    def _start_save(self) -> None:
         state = {
             "progress": asdict(self.progress),
             "recovery": asdict(self.recovery),
@@ -271,16 +303,10 @@ class Trainer:
         }
         if self.record is not None:
             state[ORIGIN] = dict(self.record)
-        world = self.world
-        save_checkpoint(
-            self.checkpoints,
-            self.progress.step,
-            chain(self.engine.rectangles(), buffer_rectangles(self.stages.decoders, self.mesh)),
-            state,
-            rank=world.rank,
-            world=world.size,
-            gather=world.gather,
-            barrier=world.barrier,
-        )
-        if world.rank == 0:
-            prune(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every, self.say)
+        rectangles = chain(self.engine.rectangles(), buffer_rectangles(self.stages.decoders, self.mesh))
+        self.saver.start(self.checkpoints, self.progress.step, rectangles, state, self._prune)
+
+    def _prune(self) -> None:
+        if self.world.rank == 0:
+            checkpoint = self.config.checkpoint
+            prune(self.checkpoints, checkpoint.keep_last, checkpoint.keep_every, self.found.append)

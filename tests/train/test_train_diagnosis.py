@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from megascale.checkpoint import background
 from megascale.checkpoint.errors import SaveError
 from megascale.checkpoint.folders import list_checkpoints
+from megascale.checkpoint.save import save_checkpoint
 from runs import Run, pretrain, tiny_config, write_config
 
 
@@ -29,16 +32,15 @@ def test_a_step_over_the_time_limit_ends_with_the_stacks_of_all_threads(tmp_path
 
 
 def test_a_checkpoint_that_does_not_fit_costs_itself_and_not_the_run(tmp_path: Path, tiny_corpus: Path, monkeypatch) -> None:
-    run = Run(tiny_config(tmp_path, tiny_corpus, "checkpoint.every=2"))
-    save, failed = run.trainer._save, []
+    run, failed = Run(tiny_config(tmp_path, tiny_corpus, "checkpoint.every=2")), []
 
-    def full_at_step_4() -> None:
-        if run.trainer.progress.step == 4:
+    def full_at_step_4(folder: Path, step: int, *rest: Any, **more: Any) -> None:
+        if step == 4:
             failed.append(4)
             raise SaveError("checkpoints", "no space left")
-        save()
+        save_checkpoint(folder, step, *rest, **more)
 
-    monkeypatch.setattr(run.trainer, "_save", full_at_step_4)
+    monkeypatch.setattr(background, "save_checkpoint", full_at_step_4)
     assert run.train() == "done"
     assert failed == [4] and any("no checkpoint at step 4" in line for line in run.said)
     assert [path.name for path in list_checkpoints(run.folder / "checkpoints")] == ["step-00000006", "step-00000002"]

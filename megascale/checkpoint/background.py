@@ -1,0 +1,105 @@
+"""Checkpoints written while the training goes on: the step waits for a copy in host memory, a thread writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+
+import torch
+
+from megascale.checkpoint.layout import Rectangle
+from megascale.checkpoint.save import Gather, save_checkpoint
+
+GIVE_UP_SECONDS = 10.0
+
+
+def _raising(error: Exception) -> Iterator[Rectangle]:
+    raise error
+    yield
+
+
+class BackgroundSaver:
+    """One save at a time. All ranks start and wait together. Their threads exchange outcomes over a group of their own, so that a save
+    fails on all ranks alike, and every rank learns of it in its next `wait`.
+
+    Args:
+        gather: see `save_checkpoint`; over a process group that nobody else uses meanwhile.
+    """
+
+    def __init__(self, rank: int, world: int, gather: Gather):
+        self.rank, self.world, self.gather = rank, world, gather
+        self.thread: Thread | None = None
+        self.step: int | None = None
+        """of the newest save"""
+        self.failure: Exception | None = None
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def start(
+        self,
+        folder: Path,
+        step: int,
+        rectangles: Iterable[Rectangle],
+        state: Mapping[str, object],
+        after: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Copy the rectangles and write them behind the caller's back; the save before has to be waited for.
+
+        Args:
+            folder, step, rectangles, state: see `save_checkpoint`. The state is kept as it is.
+            after: called in the thread when the checkpoint is there.
+        """
+        assert self.thread is None, "wait for the save before"
+        self.step, copies = step, self._copies(rectangles)
+
+        def work() -> None:
+            try:
+                exchange = {"gather": self.gather, "barrier": lambda: self.gather(None)}
+                save_checkpoint(folder, step, copies, state, rank=self.rank, world=self.world, **exchange)  # type: ignore[arg-type]
+                after()
+            except Exception as error:  # noqa: BLE001 (raised again by `wait`, in the thread that can act on it)
+                self.failure = error
+
+        # a run that ends by an error does not wait for its disk: half a checkpoint is never read
+        self.thread = Thread(target=work, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until the save under way is done, if there is one.
+
+        Raises:
+            SaveError: it failed; the same on all ranks.
+        """
+        if self.thread is None:
+            return
+        self.thread.join()
+        self.thread, failure, self.failure = None, self.failure, None
+        if failure is not None:
+            raise failure
+
+    def __enter__(self) -> BackgroundSaver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """A run that ends by an error lets the save under way end, if it does so soon."""
+        if self.thread is not None:
+            self.thread.join(GIVE_UP_SECONDS)
+
+    def _copies(self, rectangles: Iterable[Rectangle]) -> Iterable[Rectangle]:
+        try:
+            copies = [replace(one, tensor=self._copy(number, one.tensor)) for number, one in enumerate(rectangles)]
+        except Exception as error:  # noqa: BLE001 (no memory, perhaps: the other ranks have to be told, which the save does)
+            return _raising(error)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies to pinned memory are asynchronous
+        return copies
+
+    def _copy(self, number: int, tensor: torch.Tensor) -> torch.Tensor:
+        """In host memory; from a GPU through pinned buffers, which are kept from save to save: making them is slow."""
+        if tensor.device.type != "cuda":
+            return tensor.detach().clone()
+        key = f"{number} {tuple(tensor.shape)} {tensor.dtype}"
+        if key not in self.buffers:
+            self.buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return self.buffers[key].copy_(tensor.detach(), non_blocking=True)
