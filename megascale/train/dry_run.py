@@ -69,7 +69,7 @@ class RankReport:
 
     rank: int
     layers: dict[int, list[int]]
-    """layers by pipeline stage; several stages where they are interleaved"""
+    """layers by pipeline stage; several stages where the schedule has several a rank"""
     parameters: int
     """elements on the rank before ZeRO divides them"""
     memory: Memory
@@ -113,13 +113,11 @@ def dry_run(config_file: Path, overrides: Sequence[str], world: int) -> DryRun:
     length = document_length(data, config.data.sequence_length)
     keys = mean_visible_keys((length - 1) / 2, config.model)
     tokens = config.batch.sequences * config.data.sequence_length
-    parallel = config.parallel
-    virtual_stages = parallel.virtual_stages if parallel.schedule == "interleaved" else 1
     return DryRun(
         config,
         layout,
         zero,
-        pipeline_bubble(layout.sizes["pp"], config.batch.micro_batches, virtual_stages),
+        pipeline_bubble(config.parallel, config.batch.micro_batches),
         parameters(config.model).total,
         active_parameters(config.model),
         flops_per_token(config.model, keys, bool(frozen), math.ceil(length / config.model.altup.stride) / length) * tokens,

@@ -249,7 +249,7 @@ def distinct_elements(config: Config, layout: Layout) -> int:
         mesh = Mesh(World(rank, layout.world, Device(torch.device("meta"), "")), layout)
         for stage in own_stages(config, mesh):
             decoder = whole_on_meta(config.model)
-            cut(decoder, stage, config.parallel)
+            cut(decoder, stage, config)
             placements = shard(decoder, mesh)
             for name, parameter in named_parameters(decoder).items():
                 pieces[name, placements[name].offsets] = parameter.numel()
