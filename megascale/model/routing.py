@@ -43,6 +43,7 @@ class Experts(nn.Module):
         self.dispatch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Any]] = keep_rows
         self.combine: Callable[[Tensor, Any], Tensor] = take_back
         self.population_order: OrderedExchange = only_rank
+        # a pipeline may make it keep for later what the weight's gradient is made of
         self.multiply: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_linear
 
     def forward(self, x: Tensor, origin: Origin) -> tuple[Tensor, dict[str, Tensor]]:

@@ -133,6 +133,19 @@ TWO_MICRO_BATCHES = "batch: {micro_batches: 2}\n"
             "model: {layers: 8}\nbatch: {sequences: 72, micro_batches: 9}\nparallel: {pp: 4, schedule: interleaved, virtual_stages: 2}",
             "which do not divide batch.micro_batches 9; pp 3 works; or batch.micro_batches 8 or 12",
         ),
+        (
+            "batch: {micro_batches: 8}\nparallel: {pp: 4, schedule: zbv}",
+            "pp 4 x 2 stages a rank = 8 stages is more than the 4 layers (model.layers); pp 2 works",
+        ),
+        (
+            TWO_MICRO_BATCHES + "parallel: {pp: 2, schedule: dualpipev}",
+            "pp 2 needs batch.micro_batches of at least 4, given 2; pp 1 works; or batch.micro_batches 4",
+        ),
+        (
+            TWO_MICRO_BATCHES + "compile: 'on'\nparallel: {pp: 2, schedule: zero_bubble}",
+            "zero_bubble keeps gradients of the weights for later, which torch.compile cannot trace; set compile=auto",
+        ),
+        (TWO_MICRO_BATCHES + "parallel: {pp: 2, schedule: zbv, virtual_stages: 3}", "has no effect: parallel.schedule is zbv"),
         ("parallel: {ep: 2}", "parallel.ep: ep 2 has no experts to spread (model.experts.count is 1); ep 1 works"),
         (EIGHT_EXPERTS + "parallel: {ep: 6}", "ep 6 does not divide model.experts.count 8; ep 4 or 8 work"),
         (EIGHT_EXPERTS + "parallel: {dp: 2, tp: 2, ep: 8}", "ep 8 does not divide the 4 ranks of a pipeline stage"),
