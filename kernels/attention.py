@@ -201,7 +201,9 @@ def _span_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
     return tuple(x[0].transpose(0, 1) for x in _flash_backward(grad, q, k, v, out, lse, False))
 
 
-def _document_forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, window: int, context: Context | None) -> Pair:
+def _document_forward(
+    q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, window: int, context: Context | None
+) -> Pair:
     """out [T,H,D] and lse [T,H] of all but the prefixes."""
     out, lse = _packed_forward(q, k, v, borders, longest, window)
     if context is None:

@@ -70,19 +70,21 @@ def _(x, weight, ends):
 
 
 @torch.library.custom_op("megascale::grouped_linear_dgrad", mutates_args=())
-def _dgrad(grad: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_linear_dgrad(grad: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """The gradient [M, i] of x, of the output's gradient [M, o]."""
     if grad.dtype == torch.float64:
         return grouped_linear_reference(grad, weight.transpose(-1, -2), ends)
     return _grouped(grad, weight, ends)
 
 
-@_dgrad.register_fake
+@grouped_linear_dgrad.register_fake
 def _(grad, weight, ends):
     return grad.new_empty(grad.shape[0], weight.shape[2])
 
 
 @torch.library.custom_op("megascale::grouped_linear_wgrad", mutates_args=())
-def _wgrad(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+def grouped_linear_wgrad(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """The gradient [E, o, i] of the weight, of the output's gradient [M, o]."""
     if x.dtype == torch.float64:
         return torch.stack([grad[start:stop].t() @ x[start:stop] for start, stop in _edges(ends)])
     if _needs_padding(x):
@@ -91,7 +93,7 @@ def _wgrad(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return _grouped_mm(grad.t(), x, offs=ends)
 
 
-@_wgrad.register_fake
+@grouped_linear_wgrad.register_fake
 def _(grad, x, ends):
     return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
 
@@ -103,8 +105,8 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad):
     x, weight, ends = ctx.saved_tensors
     grad = grad.contiguous()
-    grad_x = _dgrad(grad, weight, ends) if ctx.needs_input_grad[0] else None
-    grad_weight = _wgrad(grad, x, ends) if ctx.needs_input_grad[1] else None
+    grad_x = grouped_linear_dgrad(grad, weight, ends) if ctx.needs_input_grad[0] else None
+    grad_weight = grouped_linear_wgrad(grad, x, ends) if ctx.needs_input_grad[1] else None
     return grad_x, grad_weight, None
 
 

@@ -96,6 +96,13 @@ FEATURES: dict[str, Feature] = {
     "pipeline, interleaved": Feature(
         ("parallel.pp=2", "parallel.schedule=interleaved", "parallel.virtual_stages=2"), choice="pipeline", ranks=2, layout=True
     ),
+    # dualpipev has the stages and the split of zbv, and needs more micro-batches than the other features of these runs
+    **{
+        f"pipeline, {schedule}": Feature(
+            ("parallel.pp=2", f"parallel.schedule={schedule}"), choice="pipeline", ranks=2, layout=True
+        )
+        for schedule in ("zero_bubble", "zbv")
+    },
     "context parallel, all-gather": Feature(("parallel.cp=2",), choice="context", ranks=2, layout=True),
     "context parallel, Ulysses": Feature(("parallel.cp=2", "parallel.context=ulysses"), choice="context", ranks=2, layout=True),
     "stream parallel": Feature(("parallel.stream=2",), needs="P streams", ranks=2, layout=True),

@@ -96,8 +96,8 @@ def _rest(config: Config) -> dict[KeyPath, str]:
             found["checkpoint", name] = "checkpoint.every is 0"
     if config.parallel.pp == 1:
         found["parallel", "schedule"] = found["parallel", "virtual_stages"] = "parallel.pp is 1"
-    elif config.parallel.schedule == "1f1b":
-        found["parallel", "virtual_stages"] = "parallel.schedule is 1f1b"
+    elif config.parallel.schedule not in ("interleaved", "zero_bubble"):
+        found["parallel", "virtual_stages"] = f"parallel.schedule is {config.parallel.schedule}"
     if config.parallel.cp == 1:
         found["parallel", "context"] = "parallel.cp is 1"
     if config.parallel.zero_stage == 0:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from megascale.config.schema import Batch, Config, Parallel
 
 WORLD_AXES = ("pp", "dp", "stream", "cp", "tp")
+V_SHAPED = ("zbv", "dualpipev")
+"""Schedules with two stages a rank, of which the second lie in the opposite order."""
+SPLIT_BACKWARD = ("zero_bubble", *V_SHAPED)
+"""Schedules that compute the gradients of the weights later than those of the inputs."""
 
 
 def data_parallel_ranks(parallel: Parallel, world: int | None) -> int | None:
@@ -28,23 +32,28 @@ def zero_stage_of(config: Config, world: int) -> int:
     return 1 if replicas > 1 else 0
 
 
+def stages_per_rank(parallel: Parallel) -> int:
+    """Pipeline stages of a rank: virtual_stages where the schedule takes several, always two where it goes forth and back as a V."""
+    if parallel.pp == 1 or parallel.schedule == "1f1b":
+        return 1
+    return 2 if parallel.schedule in V_SHAPED else parallel.virtual_stages
+
+
 def stage_count(parallel: Parallel) -> int:
-    """Pipeline stages over all ranks: pp, times virtual_stages where the schedule interleaves them."""
-    interleaved = parallel.pp > 1 and parallel.schedule == "interleaved"
-    return parallel.pp * (parallel.virtual_stages if interleaved else 1)
+    """Pipeline stages over all ranks."""
+    return parallel.pp * stages_per_rank(parallel)
 
 
-def stage_layers(layers: int, stages: int) -> list[range]:
-    """The layers of each pipeline stage: contiguous, in order, at most one layer more on some stages than on others.
+def rank_of_stage(stage: int, parallel: Parallel) -> int:
+    """The pipeline rank that holds a stage: round and round, or forth and back, so that the first and the last stage are on rank 0."""
+    if parallel.schedule in V_SHAPED and stage >= parallel.pp:
+        return 2 * parallel.pp - 1 - stage
+    return stage % parallel.pp
 
-    The remainder goes to the stages just before the last: the last has the head, and under 1F1B the first ones keep the
-    activations of the most micro-batches.
-    """
-    assert 1 <= stages <= layers, f"{layers} layers cannot fill {stages} stages"
-    least, more = divmod(layers, stages)
-    sizes = [least + (stages - 1 - more <= stage < stages - 1) for stage in range(stages)]
-    starts = [sum(sizes[:stage]) for stage in range(stages)]
-    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+def stages_of_rank(rank: int, parallel: Parallel) -> list[int]:
+    """The stages that a pipeline rank holds, first stage first."""
+    return [stage for stage in range(stage_count(parallel)) if rank_of_stage(stage, parallel) == rank]
 
 
 def batch_fits(batch: Batch, micro_batches: int, ranks: int) -> bool:
@@ -53,6 +62,14 @@ def batch_fits(batch: Batch, micro_batches: int, ranks: int) -> bool:
     return all(size % (micro_batches * ranks) == 0 for size in sizes)
 
 
-def pipeline_bubble(pp: int, micro_batches: int, virtual_stages: int) -> float:
-    """The share of a pipelined step in which a rank waits (arXiv 2104.04473, section 2.2): (p-1) / (m v + p-1)."""
-    return (pp - 1) / (micro_batches * virtual_stages + pp - 1)
+def pipeline_bubble(parallel: Parallel, micro_batches: int) -> float:
+    """The share of a pipelined step in which a rank waits, where a stage's backward pass takes twice its forward pass, half of it for the
+    weights. p ranks, m micro-batches, v stages a rank; in units of a stage's forward pass for one micro-batch a rank works 3 m v.
+
+    1F1B and interleaved: 3 (p-1) (arXiv 2104.04473, section 2.2). zero_bubble: p-1 (ZB-H1 in arXiv 2401.10241, section 2.2:
+    (p-1) (F + B - W), B the backward pass for the inputs). zbv: p-1, which is the wait for the first micro-batch (section 6 there counts
+    none, because the next step may begin in it; here the gradient norm is waited for). dualpipev: 2 (p-1) (DeepSeek's DualPipe,
+    README: (s/2 - 1) (F&B + B - 3W), s = 2p stages, F&B = 3W where nothing overlaps, and B the whole backward pass there).
+    """
+    waits = {"1f1b": 3, "interleaved": 3, "zero_bubble": 1, "zbv": 1, "dualpipev": 2}[parallel.schedule] * (parallel.pp - 1)
+    return waits / (3 * micro_batches * stages_per_rank(parallel) + waits)

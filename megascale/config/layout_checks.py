@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megascale.config.fields import KeyPath
-from megascale.config.layout import WORLD_AXES, batch_fits, data_parallel_ranks, other_ranks, pipeline_bubble
+from megascale.config.layout import (
+    SPLIT_BACKWARD,
+    WORLD_AXES,
+    batch_fits,
+    data_parallel_ranks,
+    other_ranks,
+    pipeline_bubble,
+    stages_per_rank,
+)
 from megascale.config.layout_search import layouts, nearest, nearest_worlds
 from megascale.config.obstacles import (
     context_obstacles,
@@ -42,6 +50,11 @@ def contradictions(config: Config) -> Iterator[Problem]:
     if parallel.pp > 1 and parallel.schedule == "interleaved" and parallel.virtual_stages == 1:
         reason = "interleaved needs at least 2 stages a rank; set parallel.virtual_stages=2, or parallel.schedule=1f1b"
         yield Problem(("parallel", "virtual_stages"), reason, (("parallel", "schedule"),))
+    if parallel.pp > 1 and parallel.schedule in SPLIT_BACKWARD and config.compile == "on":
+        reason = (
+            f"{parallel.schedule} keeps gradients of the weights for later, which torch.compile cannot trace; set compile=auto"
+        )
+        yield Problem(("parallel", "schedule"), reason, (("compile",),))
     if parallel.recompute == "stream" and config.model.streams.count == 1:
         reason = "stream keeps one stream's activations at a time, and there is one stream; set parallel.recompute=layer"
         yield Problem(("parallel", "recompute"), reason, (("model", "streams", "count"),))
@@ -69,10 +82,10 @@ def layout_remedy(config: Config, world: int) -> str:
 def layout_warnings(config: Config) -> Iterator[tuple[KeyPath, str]]:
     """Layouts that work but waste."""
     parallel, micro_batches = config.parallel, config.batch.micro_batches
-    virtual_stages = parallel.virtual_stages if parallel.schedule == "interleaved" else 1
-    bubble = pipeline_bubble(parallel.pp, micro_batches, virtual_stages)
+    bubble = pipeline_bubble(parallel, micro_batches)
     if bubble > MOST_BUBBLE:
-        waits = f"pp {parallel.pp} with {micro_batches} micro-batches x {virtual_stages} stages a rank: ranks wait {bubble:.0%} of the time"
+        work = f"{micro_batches} micro-batches x {stages_per_rank(parallel)} stages a rank"
+        waits = f"pp {parallel.pp} with {work}: ranks wait {bubble:.0%} of the time"
         yield ("parallel", "pp"), f"{waits}; more batch.micro_batches shrink it"
     if parallel.zero_stage == 2 and parallel.pp > 1:
         reason = "2 saves no memory over 1 with a pipeline: the gradients of all micro-batches are kept whole until the last"

@@ -57,7 +57,7 @@ def nearest_worlds(config: Config, world: int) -> list[int]:
 
 
 def _layouts(config: Config, world: int) -> Iterator[Layout]:
-    interleaved = config.parallel.schedule == "interleaved"
+    pipelined = config.parallel.schedule != "1f1b"  # has no effect without a pipeline
     stream, cp = config.parallel.stream, config.parallel.cp
     others = stream * cp
     if world % others or stream_obstacles(config, stream) or context_obstacles(config, cp):
@@ -70,7 +70,7 @@ def _layouts(config: Config, world: int) -> Iterator[Layout]:
             dp = world // tp // pp
             if (
                 pipeline_obstacles(config, pp)
-                or (interleaved and pp == 1)
+                or (pipelined and pp == 1)
                 or not batch_fits(config.batch, config.batch.micro_batches, dp)
             ):
                 continue

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from megascale.config.layout import V_SHAPED, stages_per_rank
 from megascale.config.resolve import feed_forward_width
 from megascale.config.schema import Config, Parallel
 from megascale.config.size import routed_layers
+
+LEAST = {"1f1b": 1, "dualpipev": 2}
+"""Micro-batches per pipeline rank that a schedule needs."""
 
 
 def tensor_obstacles(config: Config, tp: int) -> list[str]:
@@ -79,10 +83,11 @@ def pipeline_obstacles(config: Config, pp: int) -> list[str]:
     if pp == 1:
         return []
     parallel, micro_batches, layers = config.parallel, config.batch.micro_batches, config.model.layers
-    virtual_stages = parallel.virtual_stages if parallel.schedule == "interleaved" else 1
+    each = stages_per_rank(parallel.model_copy(update={"pp": pp}))
     reasons = []
-    if pp * virtual_stages > layers:
-        times = f"x virtual_stages {virtual_stages} = {pp * virtual_stages} stages " if virtual_stages > 1 else ""
+    if pp * each > layers:
+        name = "2 stages a rank" if parallel.schedule in V_SHAPED else f"virtual_stages {each}"
+        times = f"x {name} = {pp * each} stages " if each > 1 else ""
         reasons.append(f"{times}is more than the {layers} layers (model.layers)")
     if not schedule_fits(parallel, pp, micro_batches):
         reasons.append(_unfit(parallel, pp, micro_batches))
@@ -94,16 +99,17 @@ def pipeline_obstacles(config: Config, pp: int) -> list[str]:
 def schedule_fits(parallel: Parallel, pp: int, micro_batches: int) -> bool:
     """Whether torch's pipeline schedules take this many micro-batches.
 
-    Schedule1F1B wants one a stage at least. ScheduleInterleaved1F1B cuts them into max(1, micro-batches // pp) rounds of equal size.
+    Schedule1F1B wants one a stage at least, ScheduleDualPipeV too, which has two a rank. ScheduleInterleaved1F1B and
+    ScheduleInterleavedZeroBubble cut them into max(1, micro-batches // pp) rounds of equal size. ScheduleZBVZeroBubble takes any number.
     """
-    if parallel.schedule == "1f1b":
-        return micro_batches >= pp
-    return micro_batches % max(1, micro_batches // pp) == 0
+    if parallel.schedule in LEAST:
+        return micro_batches >= LEAST[parallel.schedule] * pp
+    return parallel.schedule == "zbv" or micro_batches % max(1, micro_batches // pp) == 0
 
 
 def _unfit(parallel: Parallel, pp: int, micro_batches: int) -> str:
-    if parallel.schedule == "1f1b":
-        return f"needs batch.micro_batches of at least {pp}, given {micro_batches}"
+    if parallel.schedule in LEAST:
+        return f"needs batch.micro_batches of at least {LEAST[parallel.schedule] * pp}, given {micro_batches}"
     rounds = micro_batches // pp
     return f"interleaves in {rounds} rounds (micro_batches // pp), which do not divide batch.micro_batches {micro_batches}"
 

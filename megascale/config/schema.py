@@ -253,10 +253,12 @@ class Parallel(Node):
         "chunks; ulysses: all tokens of some heads, by all-to-all",
     )
     ep: int = field(1, "expert-parallel ranks: each holds count / ep of the experts", gt=0)
-    schedule: Literal["1f1b", "interleaved"] = field(
-        "1f1b", "order of a pipeline's micro-batches: 1f1b, or interleaved (several stages a rank, a smaller bubble)"
+    schedule: Literal["1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"] = field(
+        "1f1b",
+        "order of a pipeline's micro-batches: 1f1b; interleaved (several stages a rank, a smaller bubble); zero_bubble (one or several "
+        "stages a rank, gradients of the weights fill the bubble); zbv and dualpipev (likewise, two stages a rank, laid forth and back)",
     )
-    virtual_stages: int = field(1, "interleaved: pipeline stages per rank", gt=0)
+    virtual_stages: int = field(1, "interleaved, zero_bubble: pipeline stages per rank", gt=0)
     recompute: Literal["none", "layer", "stream"] = field(
         "none",
         "layer: keep only each layer's input (of several residual blocks only what rebuilds it) and compute the layer again in the "

@@ -131,11 +131,15 @@ def flops_per_token(model: Model, visible_keys: float, frozen_trunk: bool = Fals
             computed.
         kept: s; none = 1/k.
     """
-    assert model.vocab_size and model.head_dim
+    return layer_flops_per_token(model, visible_keys, frozen_trunk, kept) + end_flops_per_token(model, frozen_trunk)
+
+
+def end_flops_per_token(model: Model, frozen_trunk: bool = False) -> float:
+    """The part of `flops_per_token` that is spent behind the layers: in the aggregator and the head."""
+    assert model.vocab_size
     streams, several, ends = model.streams.count, model.streams.count > 1, end_width(model)
     aggregator = 6 * (streams * ends * model.width + model.width * streams) * several
-    head = (4 if frozen_trunk else 6) * ends * model.vocab_size
-    return layer_flops_per_token(model, visible_keys, frozen_trunk, kept) + aggregator + head
+    return aggregator + (4 if frozen_trunk else 6) * ends * model.vocab_size
 
 
 def hardware_flops_per_token(
@@ -166,12 +170,20 @@ def hardware_flops_per_token(
 
 def layer_flops_per_token(model: Model, visible_keys: float, frozen_trunk: bool = False, kept: float | None = None) -> float:
     """The part of `flops_per_token` that is spent in the layers; recomputing them costs a third of it once more."""
+    return sum(flops_by_layer(model, visible_keys, frozen_trunk, kept))
+
+
+def flops_by_layer(model: Model, visible_keys: float, frozen_trunk: bool = False, kept: float | None = None) -> list[float]:
+    """`layer_flops_per_token` of each layer, first to last."""
     share, strided = 1 / model.altup.stride if kept is None else kept, strided_layers(model)
-    whole = sum(_layer_flops(model, layer, visible_keys, frozen_trunk) for layer in range(model.layers) if layer not in strided)
     # a document of n tokens has n s kept ones: (n s + 1) / 2 = s (n + 1) / 2 + (1 - s) / 2
-    return whole + sum(
-        share * _layer_flops(model, layer, share * visible_keys + (1 - share) / 2, frozen_trunk) for layer in strided
-    )
+    kept_keys = share * visible_keys + (1 - share) / 2
+    return [
+        share * _layer_flops(model, layer, kept_keys, frozen_trunk)
+        if layer in strided
+        else _layer_flops(model, layer, visible_keys, frozen_trunk)
+        for layer in range(model.layers)
+    ]
 
 
 def _layer_flops(model: Model, layer: int, visible_keys: float, frozen_trunk: bool) -> float:

@@ -43,6 +43,8 @@ class Experts(nn.Module):
         self.dispatch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Any]] = keep_rows
         self.combine: Callable[[Tensor, Any], Tensor] = take_back
         self.population_order: OrderedExchange = only_rank
+        # a pipeline may make it keep for later what the weight's gradient is made of
+        self.multiply: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_linear
 
     def forward(self, x: Tensor, origin: Origin) -> tuple[Tensor, dict[str, Tensor]]:
         rows = x.flatten(0, 1)
@@ -60,8 +62,8 @@ class Experts(nn.Module):
             order, place = order[:kept], place.clamp(max=kept)
         copies, counts, way = self.dispatch(take_rows(rows, order // k, place, some_nowhere=limited), counts)
         ends = counts.cumsum(0).to(torch.int32)
-        hidden = F.silu(grouped_linear(copies, self.gate, ends)) * grouped_linear(copies, self.up, ends)
-        outputs = self.combine(grouped_linear(hidden, self.down, ends), way)
+        hidden = F.silu(self.multiply(copies, self.gate, ends)) * self.multiply(copies, self.up, ends)
+        outputs = self.combine(self.multiply(hidden, self.down, ends), way)
         if limited:  # dropped copies find zeros behind the last row
             outputs, order = torch.cat([outputs, outputs.new_zeros(1, rows.shape[1])]), torch.cat([order, order.new_zeros(1)])
         picked = take_rows(outputs, place.flatten(), order[:, None]).view(-1, k, rows.shape[1])

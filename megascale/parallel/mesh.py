@@ -13,7 +13,7 @@ from math import prod
 import torch.distributed as dist
 from torch import Tensor
 
-from megascale.config.layout import WORLD_AXES, data_parallel_ranks
+from megascale.config.layout import V_SHAPED, WORLD_AXES, data_parallel_ranks
 from megascale.config.schema import Model, Parallel
 from megascale.parallel.charge import charged_to
 from megascale.parallel.device import Device
@@ -38,6 +38,8 @@ class Layout:
     sizes: dict[str, int]
     ep: int
     kv_heads: int
+    v_shaped: bool = False
+    """the first and the last pipeline stage are on pipeline rank 0"""
 
     @property
     def world(self) -> int:
@@ -92,7 +94,7 @@ class Layout:
         """The same place in the first and in the last stage, for a rank in one of them; else the rank alone."""
         place = self.place(rank)
         last = self.sizes["pp"] - 1
-        if place["pp"] not in (0, last):
+        if self.v_shaped or place["pp"] not in (0, last):
             return (rank,)
         return tuple(sorted({self.rank({**place, "pp": 0}), self.rank({**place, "pp": last})}))
 
@@ -142,7 +144,7 @@ def make_layout(parallel: Parallel, model: Model, world: int) -> Layout:
     assert dp is not None
     sizes = {axis: dp if axis == "dp" else getattr(parallel, axis) for axis in WORLD_AXES}
     assert prod(sizes.values()) == world, "the config's check has seen to it"
-    return Layout(sizes, parallel.ep, model.kv_heads or model.heads)
+    return Layout(sizes, parallel.ep, model.kv_heads or model.heads, parallel.schedule in V_SHAPED)
 
 
 def alone(device: Device) -> Mesh:

@@ -12,20 +12,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 
-from megascale.config.layout import stage_count
+from megascale.config.layout import rank_of_stage, stage_count
 from megascale.config.schema import Config
 from megascale.data.batches import MicroBatch
 from megascale.model.decoder import Decoder, Losses, is_routed
 from megascale.model.origin import Draw
 from megascale.model.reinforce import NUMBERS
 from megascale.model.routers import loss_weights
+from megascale.parallel.deferred import WeightGradients
 from megascale.parallel.engine import Engine
 from megascale.parallel.mesh import Mesh
 
 Observe = Callable[[Losses, float], None]
 """Sees the losses of a micro-batch on a stage, and the micro-batch's share of the step's loss tokens."""
+
+
+SEVERAL_STAGES = {
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero_bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+"""torch's schedules that take a list of stages, by `parallel.schedule`."""
+Schedule = Schedule1F1B | PipelineScheduleMulti
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -103,14 +121,20 @@ class _StageModule(nn.Module):
 class Stages:
     """The decoder parts of this rank, by stage, and how micro-batches pass through them."""
 
-    def __init__(self, decoders: Mapping[int, Decoder], config: Config, mesh: Mesh):
-        self.decoders, self.config, self.mesh = decoders, config, mesh
+    def __init__(
+        self, decoders: Mapping[int, Decoder], config: Config, mesh: Mesh, later: Mapping[int, WeightGradients] | None = None
+    ):
+        """Args:
+        decoders: by stage, first stage first.
+        later: of the stages whose weight gradients wait (`megascale.parallel.deferred`).
+        """
+        self.decoders, self.config, self.mesh, self.later = decoders, config, mesh, later or {}
         self.count = stage_count(config.parallel)
         experts = config.model.experts
         self.weights = loss_weights(experts)
         self.has_policies = experts.count > 1 and experts.router == "rl_r"
         self.step: _Step | None = None
-        self.schedules: dict[tuple[int, int], Schedule1F1B | ScheduleInterleaved1F1B] = {}
+        self.schedules: dict[tuple[int, int], Schedule] = {}
 
     def modules(self) -> list[Decoder]:
         """The parts, first stage first."""
@@ -159,15 +183,16 @@ class Stages:
         numbers = range(len(micro_batches))
         return [Draw(self.config.run.seed, step_number, (number * len(readers) + first) * sequences) for number in numbers]
 
-    def _schedule(self, micro_batches: int, tokens: int) -> Schedule1F1B | ScheduleInterleaved1F1B:
+    def _schedule(self, micro_batches: int, tokens: int) -> Schedule:
         key = (micro_batches, tokens)
         if key not in self.schedules:
             self.schedules.clear()  # they hold receive buffers: one size at a time
             stages: list[Any] = [self._stage(stage, decoder, tokens) for stage, decoder in self.decoders.items()]
-            if self.config.parallel.schedule == "interleaved":
-                self.schedules[key] = ScheduleInterleaved1F1B(stages, micro_batches, _the_loss, scale_grads=False)
-            else:
+            name = self.config.parallel.schedule
+            if name == "1f1b":
                 self.schedules[key] = Schedule1F1B(stages[0], micro_batches, _the_loss, scale_grads=False)
+            else:
+                self.schedules[key] = SEVERAL_STAGES[name](stages, micro_batches, _the_loss, scale_grads=False)
         return self.schedules[key]
 
     def _stage(self, stage: int, decoder: Decoder, tokens: int) -> PipelineStage:
@@ -177,7 +202,9 @@ class Stages:
         before = (torch.zeros(1, dtype=torch.int64, device="meta"),) if stage == 0 else between
         after = (torch.zeros(1, device="meta", requires_grad=True),) if stage == self.count - 1 else between
         device, group = self.mesh.world.device.torch, self.mesh.group(self.mesh.along("pp"))
-        return PipelineStage(_StageModule(decoder, self), stage, self.count, device, before, after, group=group)
+        # a backward pass of such a stage is a whole one that leaves something over; torch's own way of splitting it is not used
+        later = self.later[stage].take if stage in self.later else None
+        return PipelineStage(_StageModule(decoder, self), stage, self.count, device, before, after, group=group, dw_builder=later)
 
     def _empty_state(self, tokens: int, device: torch.device | str) -> Tensor:
         model, dtype = self.config.model, torch.bfloat16 if self.config.precision == "bf16" else torch.float32
@@ -197,18 +224,17 @@ class Stages:
         """The token losses [tokens of the batch] on the ranks of the last stage; none on the others."""
         device = self.mesh.world.device.torch
         here, one = batch.to(device), torch.ones((), device=device)
-        pipeline = self.mesh.along("pp")
-        token_losses = None
+        pipeline, parallel = self.mesh.along("pp"), self.config.parallel
+        state = token_losses = None
         for stage, decoder in self.decoders.items():
-            state = None
-            if stage > 0:
+            if stage > 0 and stage - 1 not in self.decoders:
                 state = self._empty_state(batch.tokens.numel(), device)
-                dist.recv(state, pipeline[(stage - 1) % len(pipeline)], self.mesh.group(pipeline))
+                dist.recv(state, pipeline[rank_of_stage(stage - 1, parallel)], self.mesh.group(pipeline))
             state, losses = decoder.advance(state, here.tokens, here.positions, here.documents, here.labels, one)
-            if losses.token_losses is None:
-                dist.send(state.contiguous(), pipeline[(stage + 1) % len(pipeline)], self.mesh.group(pipeline))
-            else:
+            if losses.token_losses is not None:
                 token_losses = decoder.join_context(decoder.join_losses(losses.token_losses))
+            elif stage + 1 not in self.decoders:
+                dist.send(state.contiguous(), pipeline[rank_of_stage(stage + 1, parallel)], self.mesh.group(pipeline))
         return token_losses
 
     def train(self, mode: bool) -> None:

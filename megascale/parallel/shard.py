@@ -7,14 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from megascale.config.layout import stage_count, stage_layers
-from megascale.config.schema import Config, Model, Parallel
+from megascale.config.layout import stage_count, stages_of_rank
+from megascale.config.schema import Config, Model
 from megascale.model.decoder import Decoder
 from megascale.model.exchange import Split, unit_range
 from megascale.model.initialize import fill, start_routers
 from megascale.model.vocabulary import Embedding, Head
 from megascale.parallel.mesh import DATA, STAGE, Mesh, Ranks
 from megascale.parallel.placement import Placement
+from megascale.parallel.stages import stage_layers
 
 
 def whole_on_meta(model: Model) -> Decoder:
@@ -23,10 +24,10 @@ def whole_on_meta(model: Model) -> Decoder:
         return Decoder(model)
 
 
-def cut(decoder: Decoder, stage: int, parallel: Parallel) -> None:
+def cut(decoder: Decoder, stage: int, config: Config) -> None:
     """Leave one stage's parts, in place: its layers, the embedding on the first stage, norm, aggregator and head on the last."""
-    stages = stage_count(parallel)
-    keep = {str(layer) for layer in stage_layers(decoder.config.layers, stages)[stage]}
+    stages = stage_count(config.parallel)
+    keep = {str(layer) for layer in stage_layers(config)[stage]}
     for name in set(decoder.layers) - keep:
         del decoder.layers[name]
     if stage > 0:
@@ -125,6 +126,14 @@ def materialise(decoder: Decoder, placements: Mapping[str, Placement], seed: int
     start_routers(decoder, seed)
 
 
-def own_stages(config: Config, mesh: Mesh) -> range:
-    """The pipeline stages of this rank: every pp-th one."""
-    return range(mesh.place["pp"], stage_count(config.parallel), mesh.size("pp"))
+def own_stages(config: Config, mesh: Mesh) -> list[int]:
+    """The pipeline stages of this rank, first stage first."""
+    return stages_of_rank(mesh.place["pp"], config.parallel)
+
+
+def tie_ends(decoders: Mapping[int, Decoder]) -> None:
+    """Where this rank has the first and the last stage, and they are not the same: their tied embedding and head are one parameter."""
+    ends = [decoder for decoder in decoders.values() if decoder.embedding is not None or decoder.head is not None]
+    if len(ends) == 2 and ends[0].config.tie_embeddings:
+        assert ends[0].embedding is not None and ends[1].head is not None
+        ends[1].head.weight = ends[0].embedding.weight

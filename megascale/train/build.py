@@ -10,19 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from megascale.config.errors import InputError
-from megascale.config.layout import stage_count, stage_layers, zero_stage_of
+from megascale.config.layout import SPLIT_BACKWARD, rank_of_stage, stage_count, stages_of_rank, zero_stage_of
 from megascale.config.schema import Config, Model
 from megascale.data.open_data import OpenData, open_data
 from megascale.model.decoder import FP32_PARAMETERS, Decoder
 from megascale.model.initialize import start_routers
 from megascale.parallel.apply import apply
+from megascale.parallel.deferred import WeightGradients, defer_weight_gradients
 from megascale.parallel.engine import Engine, Share
 from megascale.parallel.mesh import Mesh
 from megascale.parallel.pipeline import Stages
 from megascale.parallel.placement import Placement
 from megascale.parallel.plain import PlainEngine
 from megascale.parallel.recompute import apply_recompute
-from megascale.parallel.shard import cut, materialise, named_parameters, own_stages, shard, whole_on_meta
+from megascale.parallel.shard import cut, materialise, named_parameters, own_stages, shard, tie_ends, whole_on_meta
+from megascale.parallel.stages import stage_layers
 from megascale.train.compiling import compile_layers
 from megascale.train.groups import check_patterns, optimizer_groups, trained_names
 from megascale.train.inherit import inherit
@@ -69,13 +71,13 @@ def refuse_idle_ranks(trained: Collection[str], config: Config) -> None:
     Raises:
         InputError: names the stages; the same on all ranks.
     """
-    stages, pp = stage_count(config.parallel), config.parallel.pp
-    layers = stage_layers(config.model.layers, stages)
+    pp, layers = config.parallel.pp, stage_layers(config)
+    last = rank_of_stage(stage_count(config.parallel) - 1, config.parallel)
     for rank in range(pp):
-        here = [layer for stage in range(rank, stages, pp) for layer in layers[stage]]
+        here = [layer for stage in stages_of_rank(rank, config.parallel) for layer in layers[stage]]
         beginnings = [f"layers.{layer}." for layer in here]
-        tied = config.model.tie_embeddings and rank == pp - 1
-        beginnings += ["embedding."] * (rank == 0 or tied) + ["norm.", "aggregator.", "head."] * (rank == pp - 1)
+        tied = config.model.tie_embeddings and rank == last
+        beginnings += ["embedding."] * (rank == 0 or tied) + ["norm.", "aggregator.", "head."] * (rank == last)
         if not any(name.startswith(tuple(beginnings)) for name in trained):
             reason = f"all parameters of pipeline rank {rank} (layers {', '.join(map(str, here))}) are frozen"
             remedy = f"continue with parallel.zero_stage=0, or with fewer pipeline ranks than parallel.pp={pp}"
@@ -107,17 +109,22 @@ def build_stages(config: Config, mesh: Mesh) -> tuple[Stages, dict[str, nn.Param
     decoders: dict[int, Decoder] = {}
     parameters: dict[str, nn.Parameter] = {}
     placements: dict[str, Placement] = {}
+    later: dict[int, WeightGradients] = {}
     for stage in own_stages(config, mesh):
         decoder = whole_on_meta(config.model)
-        cut(decoder, stage, config.parallel)
+        cut(decoder, stage, config)
         placements |= (here := shard(decoder, mesh))
         materialise(decoder, here, config.run.seed, mesh.world.device.torch)
         apply(decoder, config.model, mesh, config.parallel.context)
+        if config.parallel.pp > 1 and config.parallel.schedule in SPLIT_BACKWARD:
+            later[stage] = defer_weight_gradients(decoder)
         # ZeRO 3 gathers weights in the order of the forward pass, which rebuilding does not keep to
         apply_recompute(decoder, config.parallel.recompute, rebuilds=zero_stage_of(config, mesh.world.size) != 3)
-        parameters |= named_parameters(decoder)
         decoders[stage] = decoder
-    return Stages(decoders, config, mesh), parameters, placements
+    tie_ends(decoders)
+    for decoder in decoders.values():
+        parameters |= named_parameters(decoder)
+    return Stages(decoders, config, mesh, later), parameters, placements
 
 
 def _balance_hash_tables(stages: Stages, data: OpenData, config: Config) -> None:
@@ -159,6 +166,8 @@ def build(
         refuse_idle_ranks(trained_names(everywhere, config.optimizer, frozen), config)
     if zero == 3 and config.compile == "auto":
         say("training eagerly: torch.compile would trace DeepSpeed's gathering of weights (ZeRO 3) in every layer")
+    elif config.parallel.pp > 1 and config.parallel.schedule in SPLIT_BACKWARD and config.compile == "auto":
+        say(f"training eagerly: torch.compile cannot trace gradients that {config.parallel.schedule} keeps for later")
     else:
         compile_layers(stages.modules(), config.compile, mesh.world.device.torch, say)
     if zero == 0:

@@ -19,7 +19,7 @@ from torch.distributed.pipelining import schedules
 from torch.testing._internal.distributed import fake_pg
 
 from megascale.config.checks import check
-from megascale.config.layout import pipeline_bubble, zero_stage_of
+from megascale.config.layout import V_SHAPED, pipeline_bubble, stage_count, zero_stage_of
 from megascale.config.load import load_config
 from megascale.config.resolve import resolve
 from megascale.config.schema import Config
@@ -69,7 +69,7 @@ class RankReport:
 
     rank: int
     layers: dict[int, list[int]]
-    """layers by pipeline stage; several stages where they are interleaved"""
+    """layers by pipeline stage; several stages where the schedule has several a rank"""
     parameters: int
     """elements on the rank before ZeRO divides them"""
     memory: Memory
@@ -113,13 +113,11 @@ def dry_run(config_file: Path, overrides: Sequence[str], world: int) -> DryRun:
     length = document_length(data, config.data.sequence_length)
     keys = mean_visible_keys((length - 1) / 2, config.model)
     tokens = config.batch.sequences * config.data.sequence_length
-    parallel = config.parallel
-    virtual_stages = parallel.virtual_stages if parallel.schedule == "interleaved" else 1
     return DryRun(
         config,
         layout,
         zero,
-        pipeline_bubble(layout.sizes["pp"], config.batch.micro_batches, virtual_stages),
+        pipeline_bubble(config.parallel, config.batch.micro_batches),
         parameters(config.model).total,
         active_parameters(config.model),
         flops_per_token(config.model, keys, bool(frozen), math.ceil(length / config.model.altup.stride) / length) * tokens,
@@ -217,11 +215,14 @@ def _build(config: Config, mesh: Mesh, frozen: frozenset[str]) -> tuple[Stages, 
 def fewest_micro_batches(config: Config) -> int:
     """So many micro-batches show all that a step does: more are sent and computed likewise, and no more of them are under way at a time.
 
-    1F1B has one a stage under way at most, the interleaved schedule less than two rounds; a pipeline of one rank has one.
+    1F1B has one a stage under way at most, the interleaved schedule and zero_bubble less than two rounds, those that go forth and back as
+    many as they have stages; a pipeline of one rank has one.
     """
-    micro_batches, pp = config.batch.micro_batches, config.parallel.pp
-    if pp == 1 or config.parallel.schedule == "1f1b":
+    micro_batches, parallel, pp = config.batch.micro_batches, config.parallel, config.parallel.pp
+    if pp == 1 or parallel.schedule == "1f1b":
         return min(micro_batches, max(pp, 2))
+    if parallel.schedule in V_SHAPED:
+        return min(micro_batches, stage_count(parallel))
     rounds = max(1, micro_batches // pp)
     by_round = micro_batches // rounds
     return 2 * by_round if rounds > 2 and 2 * by_round // pp == 2 else micro_batches

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megascale.config.checks import check
 from megascale.config.errors import InputError
-from megascale.config.layout import data_parallel_ranks, stage_count, stage_layers, zero_stage_of
+from megascale.config.layout import data_parallel_ranks, rank_of_stage, stage_count, stages_of_rank, zero_stage_of
 from megascale.config.layout_search import layouts, nearest, nearest_worlds
 from megascale.config.load import LoadedConfig, load_config
 from megascale.config.schema import Batch, Config, Parallel
@@ -42,22 +42,6 @@ def test_dp_follows_from_the_world(dp: int, world: int) -> None:
     assert data_parallel_ranks(Parallel(), None) is None
 
 
-@given(st.integers(1, 100), st.integers(1, 20))
-def test_stages_are_contiguous_and_balanced_and_the_last_is_never_the_larger(layers: int, stages: int) -> None:
-    assume(stages <= layers)
-    ranges = stage_layers(layers, stages)
-    assert [layer for stage in ranges for layer in stage] == list(range(layers))
-    sizes = [len(stage) for stage in ranges]
-    assert len(sizes) == stages
-    assert max(sizes) - min(sizes) <= 1
-    assert sizes[-1] == min(sizes)
-
-
-def test_the_first_stage_gets_one_of_the_remaining_layers_last() -> None:
-    assert [len(stage) for stage in stage_layers(10, 4)] == [2, 3, 3, 2]
-    assert [len(stage) for stage in stage_layers(7, 4)] == [2, 2, 2, 1]
-
-
 @pytest.mark.parametrize(
     ("parallel", "stages"),
     [
@@ -66,10 +50,27 @@ def test_the_first_stage_gets_one_of_the_remaining_layers_last() -> None:
         ({"pp": 4, "virtual_stages": 2}, 4),
         ({"pp": 4, "virtual_stages": 2, "schedule": "interleaved"}, 8),
         ({"pp": 1, "virtual_stages": 2, "schedule": "interleaved"}, 1),
+        ({"pp": 4, "schedule": "zero_bubble"}, 4),
+        ({"pp": 4, "virtual_stages": 2, "schedule": "zero_bubble"}, 8),
+        ({"pp": 4, "schedule": "zbv"}, 8),
+        ({"pp": 4, "schedule": "dualpipev"}, 8),
+        ({"pp": 1, "schedule": "zbv"}, 1),
     ],
 )
-def test_only_the_interleaved_schedule_of_a_pipeline_has_several_stages_a_rank(parallel: dict[str, Any], stages: int) -> None:
+def test_the_schedule_says_how_many_stages_a_pipeline_rank_has(parallel: dict[str, Any], stages: int) -> None:
     assert stage_count(Parallel(**parallel)) == stages
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ranks"),
+    [("1f1b", [0, 1, 2]), ("interleaved", [0, 1, 2, 0, 1, 2]), ("zbv", [0, 1, 2, 2, 1, 0]), ("dualpipev", [0, 1, 2, 2, 1, 0])],
+)
+def test_stages_go_round_the_ranks_or_forth_and_back(schedule: Any, ranks: list[int]) -> None:
+    parallel = Parallel(pp=3, schedule=schedule, virtual_stages=2)
+    assert [rank_of_stage(stage, parallel) for stage in range(stage_count(parallel))] == ranks
+    assert [stages_of_rank(rank, parallel) for rank in range(3)] == [
+        [stage for stage, holder in enumerate(ranks) if holder == rank] for rank in range(3)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,19 @@ TWO_MICRO_BATCHES = "batch: {micro_batches: 2}\n"
             "model: {layers: 8}\nbatch: {sequences: 72, micro_batches: 9}\nparallel: {pp: 4, schedule: interleaved, virtual_stages: 2}",
             "which do not divide batch.micro_batches 9; pp 3 works; or batch.micro_batches 8 or 12",
         ),
+        (
+            "batch: {micro_batches: 8}\nparallel: {pp: 4, schedule: zbv}",
+            "pp 4 x 2 stages a rank = 8 stages is more than the 4 layers (model.layers); pp 2 works",
+        ),
+        (
+            TWO_MICRO_BATCHES + "parallel: {pp: 2, schedule: dualpipev}",
+            "pp 2 needs batch.micro_batches of at least 4, given 2; pp 1 works; or batch.micro_batches 4",
+        ),
+        (
+            TWO_MICRO_BATCHES + "compile: 'on'\nparallel: {pp: 2, schedule: zero_bubble}",
+            "zero_bubble keeps gradients of the weights for later, which torch.compile cannot trace; set compile=auto",
+        ),
+        (TWO_MICRO_BATCHES + "parallel: {pp: 2, schedule: zbv, virtual_stages: 3}", "has no effect: parallel.schedule is zbv"),
         ("parallel: {ep: 2}", "parallel.ep: ep 2 has no experts to spread (model.experts.count is 1); ep 1 works"),
         (EIGHT_EXPERTS + "parallel: {ep: 6}", "ep 6 does not divide model.experts.count 8; ep 4 or 8 work"),
         (EIGHT_EXPERTS + "parallel: {dp: 2, tp: 2, ep: 8}", "ep 8 does not divide the 4 ranks of a pipeline stage"),
@@ -315,14 +329,20 @@ def test_the_schedules_of_torch_take_exactly_the_micro_batches_that_pass_the_che
         return True
 
     outcomes: dict[bool, int] = defaultdict(int)
+    kinds: dict[str, Any] = {
+        "1f1b": lambda stages, m: schedules.Schedule1F1B(stages[0], m),
+        "interleaved": schedules.ScheduleInterleaved1F1B,
+        "zero_bubble": schedules.ScheduleInterleavedZeroBubble,
+        "zbv": schedules.ScheduleZBVZeroBubble,
+        "dualpipev": schedules.ScheduleDualPipeV,
+    }
+    several = [("interleaved", 2), ("interleaved", 3), ("zero_bubble", 2)]
     for pp, micro_batches in ((pp, count) for pp in (2, 3, 4) for count in range(1, 12)):
-        for virtual in (1, 2, 3):
-            stages = [Stage(index, pp, pp * virtual) for index in range(0, pp * virtual, pp)]
-            if virtual == 1:
-                works = constructs(lambda stages=stages, m=micro_batches: schedules.Schedule1F1B(stages[0], m))
-            else:
-                works = constructs(lambda stages=stages, m=micro_batches: schedules.ScheduleInterleaved1F1B(stages, m))
-            settings = {"pp": pp} if virtual == 1 else {"pp": pp, "schedule": "interleaved", "virtual_stages": virtual}
+        for name, virtual in [("1f1b", None), ("zero_bubble", None), ("zbv", None), ("dualpipev", None), *several]:
+            settings = {"pp": pp, "schedule": name} | ({"virtual_stages": virtual} if virtual else {})
+            parallel = Parallel.model_validate(settings)
+            stages = [Stage(index, pp, stage_count(parallel)) for index in stages_of_rank(0, parallel)]
+            works = constructs(lambda name=name, stages=stages, m=micro_batches: kinds[name](stages, m))
             tried = config(
                 model={"layers": 12}, batch={"sequences": micro_batches, "micro_batches": micro_batches}, parallel=settings
             )

@@ -58,6 +58,9 @@ LAYOUTS = {
     ),
     "stream2-cp2-tp2": (8, "parallel={stream: 2, cp: 2, tp: 2, zero_stage: 0}", "precision=bf16"),
     "ulysses": (4, "parallel={pp: 2, cp: 2, context: ulysses, zero_stage: 0}"),
+    "pp2-zero_bubble": (4, "parallel={pp: 2, schedule: zero_bubble, virtual_stages: 2, zero_stage: 0}"),
+    "pp2-zbv": (4, "parallel={pp: 2, schedule: zbv, zero_stage: 0}", "model.tie_embeddings=true"),
+    "pp2-dualpipev": (2, "parallel={pp: 2, schedule: dualpipev, zero_stage: 0}"),
     "pp2-tp2-ep2-streams-apart": (4, "parallel={pp: 2, tp: 2, ep: 2, zero_stage: 0, recompute: stream}"),
 }
 
@@ -95,7 +98,16 @@ def test_zero_sends_what_the_arithmetic_says(ranks: RankPool, tmp_path: Path, ti
 
 
 @pytest.mark.parametrize(
-    "parallel", ["{}", "{pp: 2}", "{pp: 2, tp: 2, ep: 2}", "{pp: 2, schedule: interleaved, virtual_stages: 2}"]
+    "parallel",
+    [
+        "{}",
+        "{pp: 2}",
+        "{pp: 2, tp: 2, ep: 2}",
+        "{pp: 2, schedule: interleaved, virtual_stages: 2}",
+        "{pp: 2, schedule: zero_bubble}",
+        "{pp: 2, schedule: zbv}",
+        "{pp: 2, schedule: dualpipev}",
+    ],
 )
 def test_a_few_micro_batches_tell_what_all_do(
     tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch, parallel: str
@@ -249,7 +261,7 @@ def distinct_elements(config: Config, layout: Layout) -> int:
         mesh = Mesh(World(rank, layout.world, Device(torch.device("meta"), "")), layout)
         for stage in own_stages(config, mesh):
             decoder = whole_on_meta(config.model)
-            cut(decoder, stage, config.parallel)
+            cut(decoder, stage, config)
             placements = shard(decoder, mesh)
             for name, parameter in named_parameters(decoder).items():
                 pieces[name, placements[name].offsets] = parameter.numel()

@@ -15,6 +15,8 @@ from megascale.config.load import load_config
 from megascale.config.phases import span_at, spans
 from megascale.config.schema import Config
 from megascale.observe.sinks import read_metrics
+from megascale.parallel.stages import stage_layers
+from megascale.train.build import open_run_data
 from megascale.train.load_run import load_model, load_run
 from megascale.train.recovery import WINDOW, Recovery
 from megascale.train.start import recorded
@@ -103,6 +105,28 @@ def test_phases_hold_in_layouts(ranks: RankPool, tmp_path: Path, tiny_corpus: Pa
     found = ranks.run(train_phases_on_rank, config.model_dump(), 0, world_size=2)[0]
     for name in ("train/lm_loss", "train/grad_norm"):
         assert [r[name] for r in found] == pytest.approx([r[name] for r in alone], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["{pp: 2, zero_stage: 1}", "{pp: 2, schedule: zero_bubble, zero_stage: 0}"])
+def test_more_streams_cut_the_stages_anew_and_moments_follow_the_layers(
+    ranks: RankPool, tmp_path: Path, tiny_corpus: Path, parallel: str
+) -> None:
+    """With one stream the head costs more than a layer, with two less: a layer moves to the other rank at the border."""
+    settings = (*PHASES, "model.ffn_width=32", "batch.micro_batches=2", "optimizer.clip=null", "checkpoint.keep_last=9")
+    alone = run(tiny_config(tmp_path, tiny_corpus, *settings, "run.name=alone"))
+    config, _ = open_run_data(tiny_config(tmp_path, tiny_corpus, *settings, f"parallel={parallel}"))
+    cuts = [[len(layers) for layers in stage_layers(span.config)] for span in spans(config)]
+    assert cuts == [[3, 1], [2, 2]]
+    halves = [ranks.run(train_phases_on_rank, config.model_dump(), stop, world_size=2)[0] for stop in (4, 0)]
+    for name in ("train/lm_loss", "train/grad_norm"):
+        assert [r[name] for half in halves for r in half] == pytest.approx([r[name] for r in alone], rel=1e-5)
+    for number in (3, 6):
+        expected, found = step(tmp_path, number, "alone"), step(tmp_path, number)
+        assert expected.keys() == found.keys()
+        for name in expected:
+            if name.startswith("adamw."):
+                assert torch.linalg.vector_norm(found[name] - expected[name]) <= 1e-3 * torch.linalg.vector_norm(expected[name])
 
 
 IMPORTED = (PHASES[0], PHASES[2], PHASES[3], "model.qkv_bias=true", "batch.micro_batches=2")
