@@ -1,0 +1,176 @@
+"""The job script on a real SLURM of three nodes, each a host of its own (needs root, slurm-wlm and munge; skipped without)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster import Cluster
+from hosts import HostsError
+from megascale.checkpoint.load import CheckpointReader
+from megascale.observe.metrics import reproducible
+from megascale.observe.sinks import read_metrics
+from runs import ROOT, environment, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+STEPS = 150
+RUN = (f"schedule.steps={STEPS}", "checkpoint.every=25", "observe.console_every=50", "guard.timeout_seconds=60")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    try:
+        cluster = Cluster(3, tmp_path_factory.mktemp("cluster"))
+    except HostsError as error:
+        pytest.skip(str(error))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Path:
+    """The run on two ranks that nobody disturbs."""
+    config = write_config(tmp_path_factory.mktemp("whole"), tiny_corpus)
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "launch/pretrain.py", "--config", str(config), *RUN]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    return config.parent / "runs" / "tiny"
+
+
+class Job:
+    """A job of the script `megascale slurm` writes, for one rank on each of some nodes."""
+
+    def __init__(self, cluster: Cluster, folder: Path, corpus: Path, *options: str, overrides: tuple[str, ...] = RUN):
+        self.cluster, self.config, self.run = cluster, write_config(folder, corpus), folder / "runs" / "tiny"
+        self.output, script = folder / "output.txt", folder / "job.sbatch"
+        words = ["--config", str(self.config), "--output", str(script), f"--sbatch=--output={self.output}", *options, *overrides]
+        python = [sys.executable, "-m", "megascale", "slurm", *words]
+        written = subprocess.run(python, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
+        assert written.returncode == 0, written.stderr
+        self.number = cluster.do("sbatch", "--parsable", str(script), variables=environment()).strip()
+
+    def said(self) -> str:
+        """The job's output, both starts of a requeued one."""
+        return self.output.read_text() if self.output.exists() else ""
+
+    def wait_for(self, text: str, seconds: float = 150) -> None:
+        """Until the script has said something."""
+        self._wait(lambda: text in self.said(), f"not said: {text}", seconds)
+
+    def wait_for_steps(self) -> None:
+        """Until some steps are done, and many are not."""
+        metrics = self.run / "metrics.jsonl"
+        self._wait(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 5, "no steps", 150)
+
+    def wait_until(self, *states: str, seconds: float = 150) -> dict[str, str]:
+        """Until the job is in one of these states; what SLURM says of it."""
+        self._wait(lambda: self.cluster.job(self.number)["JobState"] in states, f"not {states}", seconds)
+        return self.cluster.job(self.number)
+
+    def _wait(self, condition, what: str, seconds: float) -> None:
+        try:
+            self.cluster.wait(condition, what, seconds)
+        except HostsError as error:
+            pytest.fail(f"{error}\n{self.said()}")
+
+    def start_now(self) -> None:
+        """A job that was requeued waits for two minutes, so that its nodes can settle; this one for seconds."""
+        self.wait_until("PENDING")
+        self.cluster.do("scontrol", "update", f"jobid={self.number}", "StartTime=now+3seconds")
+
+    def ended_as(self) -> str:
+        return json.loads((self.run / "exit.json").read_text())["reason"]
+
+
+@pytest.fixture
+def free_cluster(cluster: Cluster) -> Iterator[Cluster]:
+    """A cluster on which nothing runs or waits."""
+    yield cluster
+    cluster.do("scancel", "--user=root")
+    for node in cluster.nodes:
+        cluster.wait(lambda node=node: not node.processes("launch/pretrain.py"), "ranks are left", 60)
+
+
+def final_state(run: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    reader = CheckpointReader(run / "checkpoints" / f"step-{STEPS:08d}")
+    return {name: reader.read(name) for name in reader.names()}, [reproducible(r) for r in read_metrics(run / "metrics.jsonl")]
+
+
+def assert_equal_runs(found: Path, expected: Path) -> None:
+    tensors, metrics = final_state(found)
+    true_tensors, true_metrics = final_state(expected)
+    assert [name for name, tensor in true_tensors.items() if not torch.equal(tensor, tensors[name])] == []
+    assert metrics == true_metrics
+
+
+def test_a_job_warned_of_its_time_limit_saves_is_requeued_and_ends_with_the_same_bits(
+    free_cluster: Cluster, tmp_path: Path, tiny_corpus: Path, uninterrupted: Path
+) -> None:
+    job = Job(free_cluster, tmp_path, tiny_corpus, "--nodes=2")
+    job.wait_for_steps()
+    free_cluster.do("scancel", "--batch", "--signal=USR1", job.number)  # as SLURM does before the limit
+    job.wait_for("requeued")
+    assert job.ended_as() == "requeue"
+    job.start_now()
+    facts = job.wait_until("COMPLETED", "FAILED")
+    assert (facts["JobState"], facts["Restarts"], facts["NumNodes"]) == ("COMPLETED", "1", "2"), job.said()
+    assert "resuming from step-" in job.said()
+    assert_equal_runs(job.run, uninterrupted)
+
+
+def test_a_job_that_loses_a_node_goes_on_with_the_spare_one(
+    free_cluster: Cluster, tmp_path: Path, tiny_corpus: Path, uninterrupted: Path
+) -> None:
+    job = Job(free_cluster, tmp_path, tiny_corpus, "--nodes=2")
+    job.wait_for_steps()
+    assert job.cluster.job(job.number)["NodeList"] == "node[1-2]"
+    free_cluster.lose(2)
+    job.wait_for("requeued")
+    assert "ended: error" in job.said()
+    job.start_now()
+    facts = job.wait_until("COMPLETED", "FAILED")
+    free_cluster.restore(2)
+    assert (facts["JobState"], facts["NodeList"]) == ("COMPLETED", "node[1,3]"), job.said()
+    assert_equal_runs(job.run, uninterrupted)
+
+
+def test_a_cancelled_job_saves_its_step_and_stays_away(free_cluster: Cluster, tmp_path: Path, tiny_corpus: Path) -> None:
+    job = Job(free_cluster, tmp_path, tiny_corpus, "--nodes=1", "--ranks-per-node=2")
+    job.wait_for_steps()
+    free_cluster.do("scancel", job.number)
+    job.wait_for("ended: ")
+    assert job.ended_as() == "requeue", job.said()
+    last = max(record["step"] for record in read_metrics(job.run / "metrics.jsonl"))
+    assert last < STEPS
+    assert (job.run / "checkpoints" / f"step-{last:08d}").is_dir()
+    assert job.wait_until("CANCELLED")["Restarts"] == "0"
+
+
+def test_a_job_with_a_config_that_went_wrong_is_not_requeued(free_cluster: Cluster, tmp_path: Path, tiny_corpus: Path) -> None:
+    free_cluster.do("scontrol", "update", "partition=tests", "state=down")  # it is submitted, and does not start yet
+    job = Job(free_cluster, tmp_path, tiny_corpus, "--nodes=2")
+    job.config.write_text(job.config.read_text().replace("heads: 4", "heads: 5"))
+    free_cluster.do("scontrol", "update", "partition=tests", "state=up")
+    facts = job.wait_until("COMPLETED", "FAILED", "PENDING")
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0"), job.said()
+    assert "ended: bad_input" in job.said()
+
+
+def test_an_array_goes_on_element_by_element_and_the_rest_ends_at_once(
+    free_cluster: Cluster, tmp_path: Path, tiny_corpus: Path, uninterrupted: Path
+) -> None:
+    job = Job(free_cluster, tmp_path, tiny_corpus, "--nodes=2", "--array=3")
+    job.wait_for_steps()
+    free_cluster.do("scancel", "--batch", "--signal=USR1", f"{job.number}_1")
+    job.wait_for("nothing to do: the run is done", 300)
+    assert f"job {job.number}_1, start 1: the array's next element goes on" in job.said()
+    assert f"job {job.number}_2, start 1: ended: done" in job.said()
+    assert_equal_runs(job.run, uninterrupted)
