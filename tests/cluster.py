@@ -1,6 +1,6 @@
 """A SLURM cluster on one machine: the controller and the nodes are hosts of their own (see hosts.py). Needs root, slurm-wlm and munge.
 
-The daemons are the real ones. Nodes have no GPUs and more CPUs than the machine, and a node that does not answer is down after seconds.
+The daemons are the real ones. Nodes have no GPUs and more CPUs than the machine.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
-SlurmdTimeout=15
+SlurmdTimeout=120
 KillWait=30
 MinJobAge=300
 SlurmdParameters=config_overrides

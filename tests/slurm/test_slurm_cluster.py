@@ -133,11 +133,13 @@ def test_a_job_that_loses_a_node_goes_on_with_the_spare_one(
     job.wait_for_steps()
     assert job.cluster.job(job.number)["NodeList"] == "node[1-2]"
     free_cluster.lose(2)
-    job.wait_for("requeued")
-    assert "ended: error" in job.said()
-    job.start_now()
-    facts = job.wait_until("COMPLETED", "FAILED")
-    free_cluster.restore(2)
+    try:
+        job.wait_for("requeued")
+        assert "ended: error" in job.said()
+        job.start_now()
+        facts = job.wait_until("COMPLETED", "FAILED")
+    finally:
+        free_cluster.restore(2)
     assert (facts["JobState"], facts["NodeList"]) == ("COMPLETED", "node[1,3]"), job.said()
     assert_equal_runs(job.run, uninterrupted)
 
@@ -155,11 +157,10 @@ def test_a_cancelled_job_saves_its_step_and_stays_away(free_cluster: Cluster, tm
 
 
 def test_a_job_with_a_config_that_went_wrong_is_not_requeued(free_cluster: Cluster, tmp_path: Path, tiny_corpus: Path) -> None:
-    free_cluster.do("scontrol", "update", "partition=tests", "state=down")  # it is submitted, and does not start yet
-    job = Job(free_cluster, tmp_path, tiny_corpus, "--nodes=2")
+    job = Job(free_cluster, tmp_path, tiny_corpus, "--nodes=2", "--sbatch=--hold")
     job.config.write_text(job.config.read_text().replace("heads: 4", "heads: 5"))
-    free_cluster.do("scontrol", "update", "partition=tests", "state=up")
-    facts = job.wait_until("COMPLETED", "FAILED", "PENDING")
+    free_cluster.do("scontrol", "release", job.number)
+    facts = job.wait_until("COMPLETED", "FAILED")
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0"), job.said()
     assert "ended: bad_input" in job.said()
 

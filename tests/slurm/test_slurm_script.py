@@ -24,7 +24,8 @@ env >"$STAGE/environment"
 exit "$CODE"
 """
 NOTE = """#!/bin/bash
-[ "$1" = show ] && printf 'node1\\nnode2\\n' && exit
+[ "$1 $2" = "show hostnames" ] && printf 'node1\\nnode2\\n' && exit
+[ "$1 $2" = "show job" ] && echo "JobId=42 $STATE Restarts=0" && exit
 echo "${0##*/} $*" >>"$STAGE/asked"
 """
 ARRAY = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "2"}
@@ -130,12 +131,19 @@ def test_what_an_earlier_start_left_decides_nothing(stage: Stage) -> None:
     assert not (stage.run / "REQUEUE").exists()
 
 
-@pytest.mark.parametrize("number, expected", [(signal.SIGUSR1, REQUEUED), (signal.SIGTERM, (1, ""))])
-def test_signals_make_the_run_save_and_only_the_warning_requeues(
-    stage: Stage, number: signal.Signals, expected: tuple[int, str]
+SIGNALS = {
+    "the warning before the limit": (signal.SIGUSR1, "", REQUEUED),
+    "scancel, or a requeue by others: SLURM has decided": (signal.SIGTERM, "JobState=COMPLETING Reason=None", (1, "")),
+    "preemption with a grace time": (signal.SIGTERM, "JobState=RUNNING Reason=None", REQUEUED),
+    "the limit itself": (signal.SIGTERM, "JobState=COMPLETING Reason=TimeLimit", REQUEUED),
+}
+
+
+@pytest.mark.parametrize("number, state, expected", SIGNALS.values(), ids=SIGNALS)
+def test_a_signal_makes_the_run_save_and_the_job_go_on_unless_it_was_ended(
+    stage: Stage, number: signal.Signals, state: str, expected: tuple[int, str]
 ) -> None:
-    """TERM means that SLURM ends the job: by scancel, for good, or by a requeue of its own."""
-    job = stage.start("requeue", 85, WAIT="1")
+    job = stage.start("requeue", 85, WAIT="1", STATE=state)
     deadline = time.monotonic() + 30
     while not (stage.folder / "srun").exists():
         assert time.monotonic() < deadline
