@@ -70,6 +70,11 @@ class Host:
                     found.append(int(entry.name))
         return found
 
+    @property
+    def up(self) -> bool:
+        """Whether it was not lost."""
+        return self._unshare.poll() is None
+
     def clear(self) -> None:
         """Kill all that runs here; the host stays."""
         while found := self.processes():

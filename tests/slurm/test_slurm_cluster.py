@@ -14,6 +14,7 @@ import torch
 from cluster import Cluster
 from hosts import HostsError
 from megascale.checkpoint.load import CheckpointReader
+from megascale.cli import main
 from megascale.observe.metrics import reproducible
 from megascale.observe.sinks import read_metrics
 from runs import ROOT, environment, write_config
@@ -52,9 +53,7 @@ class Job:
         self.cluster, self.config, self.run = cluster, write_config(folder, corpus), folder / "runs" / "tiny"
         self.output, script = folder / "output.txt", folder / "job.sbatch"
         words = ["--config", str(self.config), "--output", str(script), f"--sbatch=--output={self.output}", *options, *overrides]
-        python = [sys.executable, "-m", "megascale", "slurm", *words]
-        written = subprocess.run(python, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
-        assert written.returncode == 0, written.stderr
+        assert main(["slurm", *words]) == 0
         self.number = cluster.do("sbatch", "--parsable", str(script), variables=environment()).strip()
 
     def said(self) -> str:
@@ -69,6 +68,10 @@ class Job:
         """Until some steps are done, and many are not."""
         metrics = self.run / "metrics.jsonl"
         self._wait(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 5, "no steps", 150)
+
+    def wait_for_checkpoint(self) -> None:
+        """Until the first one is there."""
+        self._wait((self.run / "checkpoints" / "step-00000025").is_dir, "no checkpoint", 150)
 
     def wait_until(self, *states: str, seconds: float = 150) -> dict[str, str]:
         """Until the job is in one of these states; what SLURM says of it."""
@@ -126,11 +129,12 @@ def test_a_job_warned_of_its_time_limit_saves_is_requeued_and_ends_with_the_same
     assert_equal_runs(job.run, uninterrupted)
 
 
+@pytest.mark.full
 def test_a_job_that_loses_a_node_goes_on_with_the_spare_one(
     free_cluster: Cluster, tmp_path: Path, tiny_corpus: Path, uninterrupted: Path
 ) -> None:
     job = Job(free_cluster, tmp_path, tiny_corpus, "--nodes=2")
-    job.wait_for_steps()
+    job.wait_for_checkpoint()
     assert job.cluster.job(job.number)["NodeList"] == "node[1-2]"
     free_cluster.lose(2)
     try:
@@ -156,6 +160,7 @@ def test_a_cancelled_job_saves_its_step_and_stays_away(free_cluster: Cluster, tm
     assert job.wait_until("CANCELLED")["Restarts"] == "0"
 
 
+@pytest.mark.full
 def test_a_job_with_a_config_that_went_wrong_is_not_requeued(free_cluster: Cluster, tmp_path: Path, tiny_corpus: Path) -> None:
     job = Job(free_cluster, tmp_path, tiny_corpus, "--nodes=2", "--sbatch=--hold")
     job.config.write_text(job.config.read_text().replace("heads: 4", "heads: 5"))
@@ -165,12 +170,14 @@ def test_a_job_with_a_config_that_went_wrong_is_not_requeued(free_cluster: Clust
     assert "ended: bad_input" in job.said()
 
 
+@pytest.mark.full
 def test_an_array_goes_on_element_by_element_and_the_rest_ends_at_once(
     free_cluster: Cluster, tmp_path: Path, tiny_corpus: Path, uninterrupted: Path
 ) -> None:
     job = Job(free_cluster, tmp_path, tiny_corpus, "--nodes=2", "--array=3")
     job.wait_for_steps()
-    free_cluster.do("scancel", "--batch", "--signal=USR1", f"{job.number}_1")
+    running = free_cluster.do("squeue", "--noheader", "--states=RUNNING", "--format=%A").strip()
+    free_cluster.do("scancel", "--batch", "--signal=USR1", running)
     job.wait_for("nothing to do: the run is done", 300)
     assert f"job {job.number}_1, start 1: the array's next element goes on" in job.said()
     assert f"job {job.number}_2, start 1: ended: done" in job.said()
