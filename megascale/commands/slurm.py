@@ -94,5 +94,5 @@ def _job(arguments: argparse.Namespace) -> Job:
 
 def _summary(job: Job, found: DryRun) -> str:
     axes = " x ".join(f"{axis} {size}" for axis, size in found.layout.sizes.items() if size > 1) or "one rank"
-    memory = max(rank.memory.total for rank in found.ranks) / 2**30
-    return f"{job.nodes} x {job.ranks} ranks: {axes}; at most {memory:.2f} GiB a rank (megascale train --dry-run explains it)"
+    memory = max(rank.memory.total for rank in found.ranks) / 2**20
+    return f"{job.nodes} x {job.ranks} ranks: {axes}; at most {memory:,.0f} MiB a rank (megascale train --dry-run explains it)"
