@@ -20,7 +20,7 @@ help:
 	@echo "make quickstart   build the environment, prepare a corpus of this machine's Python library, train on it"
 	@echo "make speedrun     the same with the best model that three minutes of training on two cores buy"
 	@echo "make test         build the environment, lint, run the test suite"
-	@echo "make lint         ruff and mypy"
+	@echo "make lint         ruff, mypy and shellcheck"
 	@echo "make format       rewrite the sources as ruff formats them"
 	@echo "make clean        remove the environment and all caches; corpora and runs stay"
 
@@ -41,6 +41,7 @@ lint: .venv/stamp-dev
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/mypy --no-error-summary
+	$(BIN)/shellcheck launch/slurm/*.sbatch
 
 format: .venv/stamp-dev
 	$(BIN)/ruff check --fix --quiet

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from corpora import build_corpus
+from hosts import Hosts, HostsError
 from ranks import RankPool
 
 os.environ |= {
@@ -42,6 +43,27 @@ def ranks() -> Iterator[RankPool]:
     """Rank processes for the whole session: ``ranks.run(function, *args, world_size=4)``; starts when first used."""
     with RankPool(world_size=2) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def _hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    try:
+        hosts = Hosts(3, tmp_path_factory.mktemp("hosts"))
+    except HostsError as error:
+        pytest.skip(str(error))
+    yield hosts
+    hosts.close()
+
+
+@pytest.fixture
+def three_hosts(_hosts: Hosts) -> Iterator[Hosts]:
+    """Three hosts, up, on which nothing runs; skipped where this machine makes none."""
+    yield _hosts
+    for number, host in enumerate(list(_hosts.hosts), 1):
+        if host.up:
+            host.clear()
+        else:
+            _hosts.restart(number)
 
 
 @pytest.fixture(scope="session")

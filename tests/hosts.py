@@ -39,10 +39,12 @@ class Host:
         isolate = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         self._unshare, self.init = _start([*isolate, "bash", "-c", setup, sys.executable, INIT], forks=True)
 
-    def start(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[str]:
-        """A command on this host, running; its output is piped."""
+    def start(
+        self, command: Sequence[str], folder: Path, environment: Mapping[str, str], quiet: bool = False
+    ) -> subprocess.Popen[str]:
+        """A command on this host, running; its output is piped, or dropped."""
         enter = ["nsenter", f"--target={self.init}", "--mount", "--uts", "--net", "--pid", f"--wd={folder}", "--"]
-        pipe = subprocess.PIPE
+        pipe = subprocess.DEVNULL if quiet else subprocess.PIPE
         return subprocess.Popen(
             [*enter, *command], env=dict(environment), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
         )
@@ -67,6 +69,11 @@ class Host:
                 if state != "Z" and all(word in arguments for word in words):
                     found.append(int(entry.name))
         return found
+
+    @property
+    def up(self) -> bool:
+        """Whether it was not lost."""
+        return self._unshare.poll() is None
 
     def clear(self) -> None:
         """Kill all that runs here; the host stays."""

@@ -182,12 +182,16 @@ class PlainEngine:
             self.parameters[name].copy_(weight)
 
     def _states(self, name: str) -> list[tuple[str, list[Tensor]]]:
-        """(kind of state, one tensor a leaf) of a parameter's optimizer state; empty for frozen ones and before the first step."""
+        """(kind of state, one tensor a leaf) of a parameter's optimizer state; empty for frozen ones and before the first step.
+
+        In order of the kinds, so that the files of a resumed run are those of an uninterrupted one.
+        """
         states = []
         for optimizer in self.optimizers:
             by_leaf = [optimizer.state[leaf] for leaf in self.leaves.get(name, ()) if leaf in optimizer.state]
             prefix = type(optimizer).__name__.lower()
-            states += [(f"{prefix}.{kind}", [state[kind] for state in by_leaf]) for kind in (by_leaf[0] if by_leaf else ())]
+            kinds = sorted(by_leaf[0]) if by_leaf else []
+            states += [(f"{prefix}.{kind}", [state[kind] for state in by_leaf]) for kind in kinds]
         return states
 
     def rectangles(self) -> Iterable[Rectangle]:

@@ -1,4 +1,7 @@
-"""Why and how a run ends: signals, the STOP file and a dead launcher become a flag, read after each step; exit.json tells why."""
+"""Why and how a run ends: signals, the files STOP and REQUEUE and a dead launcher become a flag, read after each step.
+
+exit.json tells why.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,14 @@ EXIT_CODES = {"done": 0, "stop": 0, "error": 1, "bad_input": 2, "requeue": 85}
 
 
 class StopRequest:
-    """Set by a signal, a STOP file, or the death of the launcher.
+    """Set by a signal, a file STOP or REQUEUE in the run folder, or the death of the launcher.
 
     TERM, USR1 and HUP ask for a checkpoint and a requeue, INT (Ctrl-C) for a checkpoint and the end. The first signal decides: on
     Ctrl-C deepspeed's launcher sends TERM after the terminal's INT. The handlers only set a flag: ranks are signalled one after the
     other, and a handler that entered a collective would wait for ranks that were not signalled yet.
+
+    REQUEUE asks for what TERM does, from any host and past any launcher: a job script writes it, whose signals reach the launchers only.
+    The run removes it. STOP stays, and keeps the run from starting again.
     """
 
     NONE, STOP, REQUEUE = 0, 1, 2
@@ -44,12 +50,20 @@ class StopRequest:
             self.level, self.cause = level, cause
 
     def poll(self, rank: int) -> int:
-        """The level on this rank; rank 0 also looks for the STOP file, and every rank for its launcher."""
-        if rank == 0 and self.stop_file.exists():
-            self._ask(self.STOP, "STOP file")
+        """The level on this rank; rank 0 also looks for the files, and every rank for its launcher."""
+        if rank == 0:
+            self._look_for_files()
         if self.launcher is not None and self.launcher.gone():
             self._ask(self.REQUEUE, "the launcher died")
         return self.level
+
+    def _look_for_files(self) -> None:
+        if self.stop_file.exists():
+            self._ask(self.STOP, "STOP file")
+        requeue_file = self.stop_file.with_name("REQUEUE")
+        if requeue_file.exists():
+            requeue_file.unlink(missing_ok=True)
+            self._ask(self.REQUEUE, "REQUEUE file")
 
 
 def write_exit(run_folder: Path, reason: str, **facts: object) -> int:

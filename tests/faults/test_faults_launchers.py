@@ -1,4 +1,4 @@
-"""Every launcher starts, ends and restarts a run: on one host, and on two (which needs root). Each test starts real processes."""
+"""Every launcher starts, ends and restarts a run: on one host, and on several (which needs root). Each test starts real processes."""
 
 from __future__ import annotations
 
@@ -274,25 +274,13 @@ def test_a_rank_without_a_config_file_tells_the_others(config: Path) -> None:
     assert "absent.yaml: there is no such file" in message
 
 
-# Two hosts ------------------------------------------------------------------------------------------------------------
+# Several hosts --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def pair(two_hosts: Hosts) -> Iterator[Hosts]:
+def pair(three_hosts: Hosts) -> list[Host]:
     """Two hosts on which nothing runs."""
-    yield two_hosts
-    for host in two_hosts.hosts:
-        host.clear()
-
-
-@pytest.fixture(scope="module")
-def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    try:
-        hosts = Hosts(2, tmp_path_factory.mktemp("hosts"))
-    except HostsError as error:
-        pytest.skip(str(error))
-    yield hosts
-    hosts.close()
+    return three_hosts.hosts[:2]
 
 
 @pytest.fixture
@@ -306,68 +294,68 @@ def start_on(host: Host, command: Command) -> subprocess.Popen[str]:
     return host.start(command, ROOT, environment())
 
 
-def start_torchrun(pair: Hosts, config: Path) -> list[subprocess.Popen[str]]:
+def start_torchrun(pair: list[Host], config: Path) -> list[subprocess.Popen[str]]:
     """One rank on each host, met by torch's c10d rendezvous."""
     meeting = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=node1:{free_port()}"]
-    return [start_on(host, [TORCHRUN, *meeting, "--rdzv-id=tiny", *training(config)]) for host in pair.hosts]
+    return [start_on(host, [TORCHRUN, *meeting, "--rdzv-id=tiny", *training(config)]) for host in pair]
 
 
 def test_two_hosts_without_ssh_are_stopped_by_one_and_resumed_by_torchrun(
-    pair: Hosts, config: Path, hostfile: Path, uninterrupted: Path
+    pair: list[Host], config: Path, hostfile: Path, uninterrupted: Path
 ) -> None:
     common = [DEEPSPEED, f"--hostfile={hostfile}", "--no_ssh", "--master_addr=node1", f"--master_port={free_port()}"]
-    both = [start_on(host, [*common, f"--node_rank={i}", *training(config)]) for i, host in enumerate(pair.hosts)]
+    both = [start_on(host, [*common, f"--node_rank={i}", *training(config)]) for i, host in enumerate(pair)]
     wait_for_step(config, *both)
-    os.kill(pair.hosts[1].processes("deepspeed.launcher.launch")[0], signal.SIGTERM)
+    os.kill(pair[1].processes("deepspeed.launcher.launch")[0], signal.SIGTERM)
     outputs = [finish(process) for process in both]
     assert [process.returncode for process in both] == [85, 1], outputs
     assert ended_as(config) == ("requeue", "another rank was asked to stop")
     assert_saved_where_it_stopped(config)
-    assert [host.processes() for host in pair.hosts] == [[], []]
+    assert [host.processes() for host in pair] == [[], []]
     again = start_torchrun(pair, config)
     outputs = [finish(process) for process in again]
     assert [process.returncode for process in again] == [0, 0], outputs
     assert_equal_runs(run_of(config), uninterrupted)
 
 
-def test_after_the_loss_of_a_host_the_other_ends_with_an_error_and_a_rerun_resumes(
-    pair: Hosts, config: Path, uninterrupted: Path
+def test_after_the_loss_of_a_host_the_other_ends_with_an_error_and_a_rerun_with_a_third_resumes(
+    three_hosts: Hosts, config: Path, uninterrupted: Path
 ) -> None:
-    first, second = start_torchrun(pair, config)
+    one, two, spare = three_hosts.hosts
+    first, second = start_torchrun([one, two], config)
     wait_until(lambda: (run_of(config) / "checkpoints" / "step-00000025").is_dir(), "no checkpoint", first, second)
-    pair.hosts[1].lose()
+    two.lose()
     output = finish(first)
     finish(second)
     assert first.returncode == 1, output
     reason, message = ended_as(config)
     assert (reason, message[:5]) == ("error", "rank "), output
-    assert pair.hosts[0].processes() == []
-    pair.restart(2)
-    again = start_torchrun(pair, config)
+    assert one.processes() == []
+    again = start_torchrun([one, spare], config)
     outputs = [finish(process) for process in again]
     assert [process.returncode for process in again] == [0, 0], outputs
     assert "resuming from step-" in "".join(outputs)
     assert_equal_runs(run_of(config), uninterrupted)
 
 
-def test_two_hosts_by_ssh(pair: Hosts, config: Path, hostfile: Path, uninterrupted: Path) -> None:
+def test_two_hosts_by_ssh(pair: list[Host], config: Path, hostfile: Path, uninterrupted: Path) -> None:
     """deepspeed's usual way: pdsh over ssh. TERM to the command reaches both hosts."""
     if shutil.which("pdsh") is None:
         pytest.skip("pdsh is not installed")
     try:
-        allow_ssh(pair.hosts, config.parent / "ssh")
+        allow_ssh(pair, config.parent / "ssh")
     except HostsError as error:
         pytest.skip(str(error))
     common = [DEEPSPEED, f"--hostfile={hostfile}", "--master_addr=node1", f"--master_port={free_port()}"]
-    process = start_on(pair.hosts[0], [*common, *training(config)])
+    process = start_on(pair[0], [*common, *training(config)])
     wait_for_step(config, process)
-    os.kill(pair.hosts[0].processes(DEEPSPEED)[0], signal.SIGTERM)
+    os.kill(pair[0].processes(DEEPSPEED)[0], signal.SIGTERM)
     output = finish(process)
     # the command does not wait for the ranks
-    wait_until(lambda: not any(host.processes(PRETRAIN) for host in pair.hosts), "ranks are left")
+    wait_until(lambda: not any(host.processes(PRETRAIN) for host in pair), "ranks are left")
     assert (process.returncode, ended_as(config)[0]) == (1, "requeue"), output
     assert_saved_where_it_stopped(config)
-    again = start_on(pair.hosts[0], [*common, *training(config)])
+    again = start_on(pair[0], [*common, *training(config)])
     output = finish(again)
     assert again.returncode == 0, output
     assert_equal_runs(run_of(config), uninterrupted)

@@ -105,6 +105,18 @@ def test_a_stop_file_ends_a_run_and_keeps_it_from_starting(tmp_path: Path, tiny_
     assert f"not starting: {run / 'STOP'} exists; delete it to train" in again.stderr
 
 
+def test_a_requeue_file_ends_a_run_like_a_signal_and_is_gone_then(tmp_path: Path, tiny_corpus: Path) -> None:
+    config, run = write_config(tmp_path, tiny_corpus), tmp_path / "runs" / "tiny"
+    process = start_pretrain(config, *RUN)
+    wait_for_step(run, 3, process)
+    (run / "REQUEUE").touch()
+    _, errors = process.communicate(timeout=60)
+    record = json.loads((run / "exit.json").read_text())
+    assert (process.returncode, record["reason"], record["message"]) == (85, "requeue", "REQUEUE file"), errors
+    assert (run / "checkpoints" / f"step-{int(record['step']):08d}").is_dir()
+    assert not (run / "REQUEUE").exists()
+
+
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 
