@@ -104,7 +104,7 @@ def layout_config(folder: Path, corpus: Path, name: str, *overrides: str) -> Con
     return config
 
 
-def full_unless(kept: Iterable[str], names: Iterable[str]) -> list[Any]:
+def full_unless(kept: Iterable[Any], names: Iterable[Any]) -> list[Any]:
     """Test parameters of which all but some run with --full only."""
     kept = set(kept)
     return [name if name in kept else pytest.param(name, marks=pytest.mark.full) for name in names]

@@ -338,6 +338,7 @@ def test_after_the_loss_of_a_host_the_other_ends_with_an_error_and_a_rerun_with_
     assert_equal_runs(run_of(config), uninterrupted)
 
 
+@pytest.mark.full
 def test_two_hosts_by_ssh(pair: list[Host], config: Path, hostfile: Path, uninterrupted: Path) -> None:
     """deepspeed's usual way: pdsh over ssh. TERM to the command reaches both hosts."""
     if shutil.which("pdsh") is None:

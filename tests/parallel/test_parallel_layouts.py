@@ -132,6 +132,7 @@ def test_it_holds_for_muon_as_far_as_its_bf16_iterations_allow(
     assert problems(found, one(*ADAMW, "optimizer.name=muon"), tolerance=3e-4, way=0.15) == []
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_it_holds_for_compiled_layers(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References) -> None:
     world, parallel = LAYOUTS["tp2-ep2-dp2"]
