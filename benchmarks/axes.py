@@ -1,6 +1,6 @@
 """What each axis gives at equal tokens in short trainings: held-out loss against the plain model's, in pairs of runs with the same seed.
 
-`python -m benchmarks axes [--seeds 5] [--steps 200] [--corpus data/stdlib] [--jobs 2]`. A seed sets the weights that the models share and
+`python -m benchmarks axes [--seeds 5] [--steps 200] [--corpus data/stdlib] [--jobs 2] [--folder runs/axes]`. A seed sets the weights that the models share and
 the order of the samples, so a difference is the axis and not the luck of the draw. Runs this short show signs and failures, not what an
 axis is worth at scale. Every run is the command that users start.
 """
@@ -60,10 +60,12 @@ def train(folder: Path, variant: str, seed: int, steps: int, corpus: str) -> dic
         f"schedule.warmup_steps={steps // 10}",
     ]
     command += [f"validation.every={steps}", f"data.sources=[{{path: {corpus}}}]"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{variant}, seed {seed}: the run failed\n{done.stdout}{done.stderr}")
-    last = (folder / name / "metrics.jsonl").read_text().splitlines()[-1]
+    metrics = folder / name / "metrics.jsonl"
+    if not metrics.exists() or json.loads(metrics.read_text().splitlines()[-1])["step"] < steps:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{variant}, seed {seed}: the run failed\n{done.stdout}{done.stderr}")
+    last = metrics.read_text().splitlines()[-1]
     return {key: value for key, value in json.loads(last).items() if isinstance(value, (int, float))}
 
 
@@ -95,10 +97,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="pairs of runs of each variant")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of 2,048 tokens")
     parser.add_argument("--corpus", default="data/stdlib", help="a prepared corpus")
+    parser.add_argument(
+        "--folder", type=Path, help="keep the runs here, and go on with those that are here; default: a temporary one"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(options.jobs) as pool:
-        folder = Path(name)
+        folder = options.folder or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "plain.yaml").write_text(yaml.safe_dump(PLAIN))
         waiting = {
             variant: [

@@ -206,16 +206,16 @@ def test_a_run_under_zero_is_stopped_and_resumed_to_the_same_bits(config: Path, 
     others.mkdir()
     whole = write_config(others, tiny_corpus)
     undisturbed = start(launcher("deepspeed", whole, zero))
-    output = finish(undisturbed)
+    output = finish(undisturbed, 300)
     assert undisturbed.returncode == 0, output
     process = start(launcher("deepspeed", config, zero))
     wait_for_step(config, process)
     os.kill(last_rank(process), signal.SIGTERM)
-    finish(process)
+    finish(process, 300)
     assert ended_as(config)[0] == "requeue"
     assert_saved_where_it_stopped(config)
     again = start(launcher("deepspeed", config, zero))
-    output = finish(again)
+    output = finish(again, 300)
     assert again.returncode == 0, output
     assert_equal_runs(run_of(config), run_of(whole))
 
