@@ -1,8 +1,8 @@
 """What each axis gives at equal tokens in short trainings: held-out loss against the plain model's, in pairs of runs with the same seed.
 
-`python -m benchmarks axes [--seeds 5] [--steps 200] [--corpus data/stdlib] [--jobs 2] [--folder runs/axes]`. A seed sets the weights that the models share and
-the order of the samples, so a difference is the axis and not the luck of the draw. Runs this short show signs and failures, not what an
-axis is worth at scale. Every run is the command that users start.
+`python -m benchmarks axes [--seeds 5] [--steps 200] [--corpus data/stdlib] [--jobs 2] [--folder runs/axes]`. A seed sets the weights that
+the models share and the order of the samples, so a difference is the axis and not the luck of the draw. Runs this short show signs and
+failures, not what an axis is worth at scale. Every run is the command that users start.
 """
 
 from __future__ import annotations

@@ -118,8 +118,7 @@ def build_stages(config: Config, mesh: Mesh) -> tuple[Stages, dict[str, nn.Param
         apply(decoder, config.model, mesh, config.parallel.context)
         if config.parallel.pp > 1 and config.parallel.schedule in SPLIT_BACKWARD:
             later[stage] = defer_weight_gradients(decoder)
-        # ZeRO 3 gathers weights in the order of the forward pass, which rebuilding does not keep to
-        apply_recompute(decoder, config.parallel.recompute, rebuilds=zero_stage_of(config, mesh.world.size) != 3)
+        apply_recompute(decoder, config.parallel.recompute, gathers=zero_stage_of(config, mesh.world.size) == 3)
         decoders[stage] = decoder
     tie_ends(decoders)
     for decoder in decoders.values():

@@ -34,6 +34,7 @@ CASES = {
     "ZeRO 1, sequence": ("zero1-ep2", (MODEL, SEQUENCE)),
     "ZeRO 1, rebuilt states": ("zero1-ep2", (DEEP, "model.altup={blocks: 4}", "parallel.recompute=layer")),
     "ZeRO 3, predicted, by token": ("zero3", (MODEL, GEMMA, CUT_ALL)),
+    "ZeRO 3, predicted, recomputed": ("zero3", (MODEL, GEMMA, CUT_ALL, "parallel.recompute=layer")),
     "ZeRO 3, sequence": ("zero3", (MODEL, SEQUENCE, CUT_ALL)),
 }
 QUICK = ("wide, by token, in stages", "predicted, by token", "sequence", "rebuilt states in stages", "ZeRO 3, sequence")

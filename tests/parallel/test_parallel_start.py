@@ -23,6 +23,7 @@ LAYOUTS = {
     "pp2-zero1": (2, "parallel={pp: 2, zero_stage: 1}"),
     "dp2-zero2": (2, "parallel={zero_stage: 2}"),
     "dp2-zero3": (2, "parallel={zero_stage: 3}"),
+    "dp2-zero3-recomputed": (2, "parallel={zero_stage: 3, recompute: layer}"),
 }
 BATCH = "batch={sequences: 8, micro_batches: 2}"
 KEEP = "checkpoint.keep_last=9"

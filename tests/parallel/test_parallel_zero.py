@@ -20,6 +20,8 @@ LAYOUTS = {
     "zero2-dp2": (2, "parallel.zero_stage=2"),
     "zero3-dp2": (2, "parallel.zero_stage=3", CUT_ALL),
     "zero3-dp2-small-whole": (2, "parallel.zero_stage=3"),
+    "zero3-dp2-recomputed": (2, "parallel={zero_stage: 3, recompute: layer}", CUT_ALL),
+    "zero3-dp2-streams-apart": (2, "parallel={zero_stage: 3, recompute: stream}", CUT_ALL),
     "zero3-dp4": (4, "parallel.zero_stage=3", CUT_ALL),
     "zero1-one-rank": (1, "parallel.zero_stage=1"),
     "zero3-one-rank": (1, "parallel.zero_stage=3", CUT_ALL),
@@ -35,6 +37,7 @@ LAYOUTS = {
 QUICK = (
     "zero2-dp2",
     "zero3-dp2",
+    "zero3-dp2-recomputed",
     "zero3-dp4",
     "zero1-tp4",
     "zero1-tp2-ep4-dp2",
