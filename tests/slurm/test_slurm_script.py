@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,8 @@ class Stage:
             "SLURM_JOB_CPUS_PER_NODE": "9(x2)",
         }
         play = {"STAGE": self.folder, "REASON": reason, "CODE": code, "RUN_FOLDER": self.run, "WAIT": "", "CHECKPOINT": ""}
-        path = {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "RANKS_PER_NODE": "4"}
+        environment = Path(sys.executable).parent  # megascale's, which a user has active
+        path = {"PATH": f"{self.folder / 'bin'}:{environment}:{os.environ['PATH']}", "RANKS_PER_NODE": "4"}
         own = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         every = own | job | {name: str(value) for name, value in play.items()} | path | variables
         command, pipe = ["bash", str(SCRIPT), *arguments], subprocess.PIPE
