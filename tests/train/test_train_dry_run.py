@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from layouts import full_unless
 from ledgers import ledger_of_a_step
 from megascale.cli import main
 from megascale.config.errors import InputError
@@ -68,7 +69,7 @@ LAYOUTS = {
 QUICK = ("tp2-ep4-dp2", "pp2-tp2-ep2", "stream2-cp2-tp2")
 
 
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS])
+@pytest.mark.parametrize("layout", full_unless(QUICK, LAYOUTS))
 def test_a_real_step_sends_what_the_dry_run_says(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, layout: str) -> None:
     world, *overrides = LAYOUTS[layout]
     settings = (*FOUR_LAYERS, BATCH, *overrides)
