@@ -30,7 +30,7 @@ from runs import write_config  # noqa: E402
 PAGE = ROOT / "docs/layout_matrix.md"
 MOST_RANKS, LEAST_LAYOUTS = 8, 64
 MODEL = "model={width: 32, layers: 4, heads: 4, kv_heads: 4, ffn_width: 64}"
-V_SCHEDULES = ("interleaved", "zero_bubble")
+SEVERAL_STAGES = ("interleaved", "zero_bubble")
 Choice = Mapping[str, str]
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -57,7 +57,7 @@ def settings_of(choice: Choice) -> tuple[str, ...]:
     values = {axis: choice[axis] for axis in ("dp", "stream", "tp", "ep", "recompute")} | {"zero_stage": choice["zero"]}
     if choice["pipeline"] != "-":
         values |= {"pp": "2", "schedule": choice["pipeline"]}
-    if choice["pipeline"] in V_SCHEDULES:
+    if choice["pipeline"] in SEVERAL_STAGES:
         values |= {"virtual_stages": "2"}
     if choice["context"] != "-":
         values |= {"cp": "2", "context": choice["context"]}

@@ -77,7 +77,8 @@ def train(
 ) -> Result:
     """Trains in a layout, to the end or (stop_after > 0) to a stop; all ranks must report the same."""
     config = layout_config(folder, corpus, name, *overrides, f"schedule.steps={steps}")
-    records, *others = ranks.run(train_on_rank, config.model_dump(), spoiled, stop_after, world_size=world)
+    timeout = 120 if config.compile == "off" else 600  # cores that all ranks share compile for all of them
+    records, *others = ranks.run(train_on_rank, config.model_dump(), spoiled, stop_after, world_size=world, timeout=timeout)
     assert all(reproducible(other) == reproducible(records) for other in others)
     checkpoints = folder / "runs" / name / "checkpoints"
     start, end = (saved(checkpoints / f"step-{step:08d}", "model/") for step in (0, stop_after or steps))

@@ -115,7 +115,7 @@ class Run:
 
     def save(self) -> None:
         """Saves a checkpoint of the step reached."""
-        self.trainer._save_last()
+        self.trainer._save()
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
-import torch
+from torch import Tensor
 
 from megascale.checkpoint.layout import Rectangle
 from megascale.checkpoint.save import Gather, save_checkpoint
@@ -26,15 +26,15 @@ class BackgroundSaver:
 
     Args:
         gather: see `save_checkpoint`; over a process group that nobody else uses meanwhile.
+        copies: of tensors in host memory, which stay as they are until the next call.
     """
 
-    def __init__(self, rank: int, world: int, gather: Gather):
-        self.rank, self.world, self.gather = rank, world, gather
+    def __init__(self, rank: int, world: int, gather: Gather, copies: Callable[[Sequence[Tensor]], list[Tensor]]):
+        self.rank, self.world, self.gather, self.copies = rank, world, gather, copies
         self.thread: Thread | None = None
         self.step: int | None = None
         """of the newest save"""
         self.failure: Exception | None = None
-        self.buffers: dict[str, torch.Tensor] = {}
 
     def start(
         self,
@@ -51,7 +51,7 @@ class BackgroundSaver:
             after: called in the thread when the checkpoint is there.
         """
         assert self.thread is None, "wait for the save before"
-        self.step, copies = step, self._copies(rectangles)
+        self.step, copies = step, self._copied(rectangles)
 
         def work() -> None:
             try:
@@ -86,20 +86,10 @@ class BackgroundSaver:
         if self.thread is not None:
             self.thread.join(GIVE_UP_SECONDS)
 
-    def _copies(self, rectangles: Iterable[Rectangle]) -> Iterable[Rectangle]:
+    def _copied(self, rectangles: Iterable[Rectangle]) -> Iterable[Rectangle]:
         try:
-            copies = [replace(one, tensor=self._copy(number, one.tensor)) for number, one in enumerate(rectangles)]
+            found = list(rectangles)
+            copies = self.copies([one.tensor for one in found])
         except Exception as error:  # noqa: BLE001 (no memory, perhaps: the other ranks have to be told, which the save does)
             return _raising(error)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # copies to pinned memory are asynchronous
-        return copies
-
-    def _copy(self, number: int, tensor: torch.Tensor) -> torch.Tensor:
-        """In host memory; from a GPU through pinned buffers, which are kept from save to save: making them is slow."""
-        if tensor.device.type != "cuda":
-            return tensor.detach().clone()
-        key = f"{number} {tuple(tensor.shape)} {tensor.dtype}"
-        if key not in self.buffers:
-            self.buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return self.buffers[key].copy_(tensor.detach(), non_blocking=True)
+        return [replace(one, tensor=copy) for one, copy in zip(found, copies, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from megascale.config.fields import KeyPath
 from megascale.config.layout import (
@@ -33,9 +33,9 @@ MOST_LAYOUTS_SHOWN = 3
 def layout_problems(config: Config, world: int | None) -> Iterator[Problem]:
     """Every axis that does not fit the other settings, a world that is not the product of the axes, and batches that ranks cannot share."""
     parallel = config.parallel
-    yield from _tensor_problems(config)
-    yield from _stream_problems(config)
-    yield from _context_problems(config)
+    yield from _axis_problems(config, "tp", tensor_obstacles, config.model.heads)
+    yield from _axis_problems(config, "stream", stream_obstacles, config.model.streams.count)
+    yield from _axis_problems(config, "cp", context_obstacles, config.data.sequence_length)
     yield from _pipeline_problems(config, world)
     wrong_world = list(_world_problems(parallel, world))
     ranks = None if wrong_world else data_parallel_ranks(parallel, world)
@@ -92,28 +92,13 @@ def layout_warnings(config: Config) -> Iterator[tuple[KeyPath, str]]:
         yield ("parallel", "zero_stage"), reason
 
 
-def _tensor_problems(config: Config) -> Iterator[Problem]:
-    tp = config.parallel.tp
-    reasons = tensor_obstacles(config, tp)
+def _axis_problems(config: Config, axis: str, obstacles: Callable[[Config, int], list[str]], most: int) -> Iterator[Problem]:
+    """An axis whose ranks the other settings alone allow or not; `most` bounds the search for those that work."""
+    ranks = getattr(config.parallel, axis)
+    reasons = obstacles(config, ranks)
     if reasons:
-        near = nearest(tp, lambda ranks: not tensor_obstacles(config, ranks), config.model.heads)
-        yield Problem(("parallel", "tp"), f"tp {tp} {' and '.join(reasons)}; {_works('tp', near)}")
-
-
-def _stream_problems(config: Config) -> Iterator[Problem]:
-    ranks = config.parallel.stream
-    reasons = stream_obstacles(config, ranks)
-    if reasons:
-        near = nearest(ranks, lambda ranks: not stream_obstacles(config, ranks), config.model.streams.count)
-        yield Problem(("parallel", "stream"), f"stream {ranks} {' and '.join(reasons)}; {_works('stream', near)}")
-
-
-def _context_problems(config: Config) -> Iterator[Problem]:
-    ranks = config.parallel.cp
-    reasons = context_obstacles(config, ranks)
-    if reasons:
-        near = nearest(ranks, lambda ranks: not context_obstacles(config, ranks), config.data.sequence_length)
-        yield Problem(("parallel", "cp"), f"cp {ranks} {' and '.join(reasons)}; {_works('cp', near)}")
+        near = nearest(ranks, lambda ranks: not obstacles(config, ranks), most)
+        yield Problem(("parallel", axis), f"{axis} {ranks} {' and '.join(reasons)}; {_works(axis, near)}")
 
 
 def _pipeline_problems(config: Config, world: int | None) -> Iterator[Problem]:

@@ -97,11 +97,13 @@ def first_tokens(documents: Tensor) -> Tensor:
     return torch.cat([first, first.new_tensor([documents.numel()])]).to(torch.int32)
 
 
-def attend_here(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, prefix_k: Tensor | None, prefix_v: Tensor | None
-) -> Tensor:
+Prefixes = tuple[Tensor | None, Tensor | None]
+"""Keys and values [P, G, n, D]; none with P = 1."""
+
+
+def attend_here(q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, prefixes: Prefixes) -> Tensor:
     """Attention whose keys are all on this device; arguments and result as of `megascale.kernels.attention.attention`."""
-    return attention(q, k, v, packing.borders, packing.longest, window, prefix_k, prefix_v)
+    return attention(q, k, v, packing.borders, packing.longest, window, *prefixes)
 
 
 class KeyValueCache:
@@ -171,7 +173,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def prefixes(self, stream: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    def prefixes(self, stream: Tensor | None = None) -> Prefixes:
         """Keys and values [P, G, n, D] of all streams, or of those with these numbers; none with P = 1."""
         if self.prefix_network is not None:
             return self.prefix_network(stream)
@@ -185,9 +187,9 @@ class Attention(nn.Module):
         """`stream` has the numbers of the streams in x [T, P, d] (or [T, 1, d]: they do not differ yet); none: x has all of them."""
         x = self.gather_tokens(x)
         q, k, v = self.project(x, packing.cos, packing.sin)
-        prefix_k, prefix_v = self.prefixes(stream)
-        out = self.attend(q, k, v, packing, self.window, prefix_k, prefix_v)
-        streams = 1 if prefix_k is None else prefix_k.shape[0]
+        prefixes = self.prefixes(stream)
+        out = self.attend(q, k, v, packing, self.window, prefixes)
+        streams = 1 if prefixes[0] is None else prefixes[0].shape[0]
         return self.scatter_tokens(self.o(out.view(x.shape[0], streams, -1)))
 
     def decode(self, x: Tensor, packing: Packing, cache: KeyValueCache, layer: int) -> Tensor:

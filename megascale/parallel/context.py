@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from megascale.kernels.attention import attention
-from megascale.model.attention import Attention, Packing, first_tokens
+from megascale.model.attention import Attention, Packing, Prefixes, first_tokens
 from megascale.model.decoder import Decoder
 from megascale.parallel.collectives import gather, gather_rows, share, swap_rows
 from megascale.parallel.mesh import Mesh
@@ -47,9 +47,16 @@ class ZigZag:
 
     def join(self, x: Tensor) -> Tensor:
         """Of the tokens here [T/R, ...] all of them, in their order. Backward: the sums of what the ranks do with them."""
-        ranks = self.peers.ranks
-        pairs = gather_rows(x, ranks, self.peers.group).unflatten(0, (ranks, 2, -1))
-        return torch.cat([pairs[:, 0], pairs[:, 1].flip(0)]).flatten(0, 1)
+        (everything,) = self._gathered(x[None])
+        return everything
+
+    def _gathered(self, tensors: Tensor) -> list[Tensor]:
+        """`join` of several tensors [n, T/R, ...] in one exchange; each is written once, into its order."""
+        ranks, count = self.peers.ranks, tensors.shape[0]
+        # unbound at once: the backward of single choices would fill a zero tensor of the whole for each
+        chunks = gather_rows(tensors, ranks, self.peers.group).unflatten(1, (2, -1)).flatten(0, 1).unbind(0)
+        places = [(rank, 0) for rank in range(ranks)] + [(rank, 1) for rank in reversed(range(ranks))]
+        return [torch.cat([chunks[(rank * count + number) * 2 + half] for rank, half in places]) for number in range(count)]
 
     def borders(self, documents: Tensor) -> tuple[Tensor, Tensor]:
         """Of documents [B, S]: where they, or a chunk, start among the tokens here; and for each of the two chunks the tokens here whose
@@ -73,21 +80,12 @@ class ZigZag:
         borders = torch.cat([*local, torch.tensor([2 * width])]).to(torch.int32)
         return borders.to(documents.device, non_blocking=True), spans
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        packing: Packing,
-        window: int | None,
-        prefix_k: Tensor | None,
-        prefix_v: Tensor | None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, prefixes: Prefixes) -> Tensor:
         """See `attend_here`."""
         assert packing.spans is not None
-        everywhere = self.join(torch.stack([k, v], 1))
-        context = (everywhere[:, 0], everywhere[:, 1], packing.spans)
-        return attention(q, k, v, packing.borders, packing.longest, window, prefix_k, prefix_v, context)
+        keys, values = self._gathered(torch.stack([k, v]))
+        context = (keys, values, packing.spans)
+        return attention(q, k, v, packing.borders, packing.longest, window, *prefixes, context)
 
 
 class Ulysses:
@@ -96,29 +94,18 @@ class Ulysses:
     def __init__(self, peers: _Peers):
         self.peers = peers
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        packing: Packing,
-        window: int | None,
-        prefix_k: Tensor | None,
-        prefix_v: Tensor | None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, prefixes: Prefixes) -> Tensor:
         """See `attend_here`."""
         ranks, rank, group = self.peers.ranks, self.peers.rank, self.peers.group
-        streams = 1 if prefix_k is None else prefix_k.shape[0]
-        groups = k.shape[1] if prefix_k is None else prefix_k.shape[1]
+        streams, groups = (1, k.shape[1]) if prefixes[0] is None else prefixes[0].shape[:2]
         here = k.shape[1] // groups
         # [T/R, P*H, D] -> [R, T/R, P, H/R, D]; q, k and v in one exchange
         parts = [x.unflatten(1, (here, ranks, -1)).movedim(2, 0) for x in (q, k, v)]
         heads = [part.shape[3] for part in parts]
         swapped = swap_rows(torch.cat(parts, 3), group).flatten(0, 1)
         q, k, v = (part.flatten(1, 2) for part in swapped.split(heads, 2))
-        if prefix_k is not None and prefix_v is not None:
-            prefix_k, prefix_v = (x.unflatten(1, (ranks, -1))[:, rank] for x in (prefix_k, prefix_v))
-        out = attention(q, k, v, packing.borders, packing.longest, window, prefix_k, prefix_v)
+        of_these_heads = (None if x is None else x.unflatten(1, (ranks, -1))[:, rank] for x in prefixes)
+        out = attention(q, k, v, packing.borders, packing.longest, window, *of_these_heads)
         back = swap_rows(out.unflatten(1, (streams, -1)).unflatten(0, (ranks, -1)), group)
         return back.permute(1, 2, 0, 3, 4).flatten(1, 3)
 

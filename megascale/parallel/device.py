@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import resource
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,28 @@ class Device:
         if not self.is_cpu:
             return {"memory/peak_gib": torch.cuda.max_memory_allocated(self.torch) / 2**30}
         return {"memory/rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+class HostCopies:
+    """Copies of tensors in host memory, made again and again of tensors of the same shapes, such as a rank's part of a checkpoint.
+
+    From an accelerator they go through pinned buffers, which are slow to make and are kept: the copies before are then overwritten. Those
+    of CPU tensors belong to the caller alone.
+    """
+
+    def __init__(self, device: Device):
+        self.device = device
+        self.buffers: list[torch.Tensor] = []
+
+    def of(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """One copy of each, complete when this returns."""
+        if self.device.is_cpu:
+            return [tensor.detach().clone() for tensor in tensors]
+        if [(x.shape, x.dtype) for x in self.buffers] != [(x.shape, x.dtype) for x in tensors]:
+            self.buffers = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
+        copies = [buffer.copy_(tensor.detach(), non_blocking=True) for buffer, tensor in zip(self.buffers, tensors, strict=True)]
+        self.device.synchronize()
+        return copies
 
 
 def _keep_freed_memory() -> None:

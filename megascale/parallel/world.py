@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import psutil
@@ -42,8 +43,9 @@ class World:
         dist.all_gather_object(things, thing)
         return things
 
-    def aside(self) -> Callable[[Any], list[Any]]:
-        """`gather` over a process group of its own, for a thread beside the training. Called by all ranks together."""
+    @cached_property
+    def gather_aside(self) -> Callable[[Any], list[Any]]:
+        """`gather` over a process group of its own, for a thread beside the training. All ranks together ask for it first."""
         if self.size == 1:
             return self.gather
         group = dist.new_group(backend="gloo")

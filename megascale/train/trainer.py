@@ -14,8 +14,10 @@ import torch
 
 from megascale.checkpoint.background import BackgroundSaver
 from megascale.checkpoint.errors import SaveError
+from megascale.checkpoint.layout import Rectangle
 from megascale.checkpoint.load import open_newest
 from megascale.checkpoint.retention import prune
+from megascale.checkpoint.save import save_checkpoint
 from megascale.checkpoint.tensors import ORIGIN
 from megascale.config.phases import Span
 from megascale.data.batches import MicroBatch
@@ -24,6 +26,7 @@ from megascale.model.accounting import flops_per_token, hardware_flops_per_token
 from megascale.observe.sinks import Sink
 from megascale.observe.throughput import peak_flops, throughput
 from megascale.parallel.buffers import buffer_rectangles, load_buffers
+from megascale.parallel.device import HostCopies
 from megascale.parallel.world import World
 from megascale.train.batch_stream import StepBatch, step_batches
 from megascale.train.build import Parts
@@ -79,7 +82,8 @@ class Trainer:
         self.peak_flops = peak_flops(world.device.name())
         self.checkpoints = folder / "checkpoints"
         self.found: list[str] = []
-        self.saver = BackgroundSaver(world.rank, world.size, world.aside())
+        gather = world.gather_aside if parts.config.checkpoint.background else world.gather
+        self.saver = BackgroundSaver(world.rank, world.size, gather, HostCopies(world.device).of)
         self.saving_seconds = 0.0
         self.recovery = Recovery()
         self.progress = self._resume(start)
@@ -154,7 +158,7 @@ class Trainer:
                 level = self._agreed(stop.poll(self.world.rank))
                 self._watch(stacks)
                 if level or step == steps:
-                    self._save_last()
+                    self._save()
                 elif config.checkpoint.every and step % config.checkpoint.every == 0:
                     self._try_to_save()
             faulthandler.cancel_dump_traceback_later()
@@ -221,12 +225,14 @@ class Trainer:
         }
 
     def _counts(self, micro_batches: list[MicroBatch]) -> torch.Tensor:
-        """Loss tokens of each micro-batch, the sum of positions, the tokens at multiples of AltUp's stride, and all tokens; exact in fp64,
-        so that no rank count changes them.
+        """Loss tokens of each micro-batch, the sum of positions, the tokens that strided layers keep (all without them), and all tokens;
+        exact in fp64, so that no rank count changes them.
         """
         positions = sum(int(batch.positions.sum()) for batch in micro_batches)
-        kept = sum(int((batch.positions % self.config.model.altup.stride == 0).sum()) for batch in micro_batches)
-        tokens = sum(batch.tokens.numel() for batch in micro_batches)
+        tokens = kept = sum(batch.tokens.numel() for batch in micro_batches)
+        altup = self.config.model.altup
+        if altup.form == "sequence":
+            kept = sum(int((batch.positions % altup.stride == 0).sum()) for batch in micro_batches)
         return torch.tensor([*(batch.loss_tokens for batch in micro_batches), positions, kept, tokens], dtype=torch.float64)
 
     def _gradients(self, batch: StepBatch, shares: list[float], step_tokens: int) -> Tally:
@@ -269,24 +275,38 @@ class Trainer:
         """A checkpoint on the way. A full disk costs this one, not the run: the earlier ones stay, and the next one may fit again."""
         started = time.perf_counter()
         self._finish_save()
-        self._start_save()
-        if not self.config.checkpoint.background:
-            self._finish_save()
+        if self.config.checkpoint.background:
+            self.saver.start(self.checkpoints, self.progress.step, self._rectangles(), self._state(), self._prune)
+        else:
+            self._attempt(self.progress.step, self._save)
         self.saving_seconds += time.perf_counter() - started
 
     def _finish_save(self) -> None:
         """Wait for the checkpoint that is being written, if one is."""
-        try:
-            self.saver.wait()
-        except SaveError as error:
-            self.say(f"warning: no checkpoint at step {self.saver.step}, training goes on: {error}")
+        self._attempt(self.saver.step, self.saver.wait)
         self._say_found()
 
-    def _save_last(self) -> None:
-        """The checkpoint at the end of the run, without which it has failed."""
+    def _attempt(self, step: int | None, save: Callable[[], object]) -> None:
+        try:
+            save()
+        except SaveError as error:
+            self.say(f"warning: no checkpoint at step {step}, training goes on: {error}")
+
+    def _save(self) -> None:
+        """Now, without a copy: the last one, without which the run has failed, or one that may make steps wait."""
         self._finish_save()
-        self._start_save()
-        self.saver.wait()
+        world = self.world
+        save_checkpoint(
+            self.checkpoints,
+            self.progress.step,
+            self._rectangles(),
+            self._state(),
+            rank=world.rank,
+            world=world.size,
+            gather=world.gather,
+            barrier=world.barrier,
+        )
+        self._prune()
         self._say_found()
 
     def _say_found(self) -> None:
@@ -295,16 +315,20 @@ class Trainer:
             self.say(line)
         self.found.clear()
 
-    def _start_save(self) -> None:
-        state = {
+    def _rectangles(self) -> Iterator[Rectangle]:
+        """What this rank writes into a checkpoint."""
+        return chain(self.engine.rectangles(), buffer_rectangles(self.stages.decoders, self.mesh))
+
+    def _state(self) -> dict[str, object]:
+        """What a checkpoint says beside the tensors."""
+        state: dict[str, object] = {
             "progress": asdict(self.progress),
             "recovery": asdict(self.recovery),
             "data_digest": self.parts.data.digest,
         }
         if self.record is not None:
             state[ORIGIN] = dict(self.record)
-        rectangles = chain(self.engine.rectangles(), buffer_rectangles(self.stages.decoders, self.mesh))
-        self.saver.start(self.checkpoints, self.progress.step, rectangles, state, self._prune)
+        return state
 
     def _prune(self) -> None:
         if self.world.rank == 0:

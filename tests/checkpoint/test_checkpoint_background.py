@@ -14,12 +14,13 @@ from megascale.checkpoint.background import BackgroundSaver
 from megascale.checkpoint.errors import SaveError
 from megascale.checkpoint.layout import Rectangle, full
 from megascale.checkpoint.load import CheckpointReader, newest_good
+from megascale.parallel.device import HostCopies
 from ranks import RankPool
 from runs import one_process
 
 
 def alone() -> BackgroundSaver:
-    return BackgroundSaver(0, 1, lambda one: [one])
+    return BackgroundSaver(0, 1, lambda one: [one], HostCopies(one_process().device).of)
 
 
 def test_the_checkpoint_holds_what_was_there_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +53,7 @@ def test_a_failure_is_told_once_and_the_next_save_works(tmp_path: Path) -> None:
 def save_while_training(rank: int, size: int, folder: str, broken: bool) -> str:
     """Half a tensor a rank; meanwhile the ranks exchange as training does. With `broken` rank 1 cannot copy its half."""
     world, folder = one_process(rank, size), Path(folder)
-    saver = BackgroundSaver(rank, size, world.aside())
+    saver = BackgroundSaver(rank, size, world.gather_aside, HostCopies(world.device).of)
 
     def rectangles():
         if broken and rank == 1:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megascale.checkpoint import background
+import pytest
+
 from megascale.checkpoint.errors import SaveError
 from megascale.checkpoint.folders import list_checkpoints
 from megascale.checkpoint.save import save_checkpoint
@@ -31,8 +32,11 @@ def test_a_step_over_the_time_limit_ends_with_the_stacks_of_all_threads(tmp_path
     assert json.loads((folder / "exit.json").read_text())["reason"] == "error"
 
 
-def test_a_checkpoint_that_does_not_fit_costs_itself_and_not_the_run(tmp_path: Path, tiny_corpus: Path, monkeypatch) -> None:
-    run, failed = Run(tiny_config(tmp_path, tiny_corpus, "checkpoint.every=2")), []
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_checkpoint_that_does_not_fit_costs_itself_and_not_the_run(
+    tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch, background: str
+) -> None:
+    run, failed = Run(tiny_config(tmp_path, tiny_corpus, "checkpoint.every=2", f"checkpoint.background={background}")), []
 
     def full_at_step_4(folder: Path, step: int, *rest: Any, **more: Any) -> None:
         if step == 4:
@@ -40,7 +44,8 @@ def test_a_checkpoint_that_does_not_fit_costs_itself_and_not_the_run(tmp_path: P
             raise SaveError("checkpoints", "no space left")
         save_checkpoint(folder, step, *rest, **more)
 
-    monkeypatch.setattr(background, "save_checkpoint", full_at_step_4)
+    for module in ("megascale.checkpoint.background", "megascale.train.trainer"):
+        monkeypatch.setattr(f"{module}.save_checkpoint", full_at_step_4)
     assert run.train() == "done"
     assert failed == [4] and any("no checkpoint at step 4" in line for line in run.said)
     assert [path.name for path in list_checkpoints(run.folder / "checkpoints")] == ["step-00000006", "step-00000002"]

@@ -74,7 +74,8 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
         if cache is not None:
             heads = v.shape[1]
-            k, v = cache.update(k, torch.cat([v, v.new_zeros(batch, room, new, self.head_dim)], 1), self.layer)
+            roomy = torch.cat([v, v.new_zeros(batch, room, new, self.head_dim)], 1) if room else v
+            k, v = cache.update(k, roomy, self.layer)
             v = v[:, :heads]
         if self.streams > 1:
             pairs = ((self.prefix_k, k), (self.prefix_v, v))
