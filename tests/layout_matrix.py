@@ -2,6 +2,9 @@
 
 `python tests/layout_matrix.py` trains each against one process by the rule of `layouts.problems` and writes docs/layout_matrix.md; about
 20 minutes on two quiet cores. `--only N` trains the first N. P=2, E=4, K=2 in all of them.
+
+`python tests/layout_matrix.py --pairs 20` instead draws pairs of these layouts, saves in one and resumes in the other: the state must keep
+every bit, and the training must go on as if it had never changed. It writes docs/layout_changes.md.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ import argparse
 import random
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import combinations
 from math import prod
 from pathlib import Path
@@ -20,16 +24,17 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from corpora import build_corpus  # noqa: E402
-from layouts import ADAMW, CUT_ALL, Result, problems, train  # noqa: E402
+from layouts import ADAMW, CUT_ALL, Result, change, problems, train  # noqa: E402
 from megascale.config.checks import check  # noqa: E402
 from megascale.config.errors import InputError  # noqa: E402
 from megascale.config.load import load_config  # noqa: E402
 from ranks import RankPool  # noqa: E402
 from runs import write_config  # noqa: E402
 
-PAGE = ROOT / "docs/layout_matrix.md"
+PAGE, PAGE_OF_CHANGES = ROOT / "docs/layout_matrix.md", ROOT / "docs/layout_changes.md"
 MOST_RANKS, LEAST_LAYOUTS = 8, 64
 MODEL = "model={width: 32, layers: 4, heads: 4, kv_heads: 4, ffn_width: 64}"
+COMMON = (MODEL, *ADAMW, "batch={sequences: 8, micro_batches: 4}")
 SEVERAL_STAGES = ("interleaved", "zero_bubble")
 Choice = Mapping[str, str]
 
@@ -142,33 +147,105 @@ def page(rows: list[str], right: int, count: int) -> str:
     )  # fmt: skip
 
 
+def page_of_changes(rows: list[str], right: int, count: int) -> str:
+    """docs/layout_changes.md."""
+    return "\n".join(
+        [
+            "# Saved in one layout, resumed in another",
+            "",
+            f"Written by `python tests/layout_matrix.py --pairs {count}`: pairs of layouts drawn from those of",
+            "[the layout matrix](layout_matrix.md). Two steps in the first, then three in the second, with P=2, E=4, K=2 in fp32.",
+            "What the second loads and saves again must be what the first has saved, to the bit: weights, moments, step counts, buffers;",
+            f"and the curve and the last weights those of one process that never stopped, by the rule there. {right} of {count} keep it.",
+            "",
+            "| saved in | resumed in | router | tensors with other bits | loss and norm | weights | |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )  # fmt: skip
+
+
+class Bench:
+    """Where layouts are trained, and one process's run for each router to compare with."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.corpus, self.pool = folder, build_corpus(folder / "words"), RankPool()
+        self.references: dict[tuple[str, int], Result] = {}
+
+    def reference(self, router: str, steps: int) -> Result:
+        """The run of one process."""
+        key = (router, steps)
+        if key not in self.references:
+            settings = (*COMMON, f"model.experts.router={router}")
+            name = f"one-{router}-{steps}"
+            self.references[key] = train(self.pool, self.folder, self.corpus, 1, name, *settings, steps=steps)
+        return self.references[key]
+
+    def layout(self, choice: Choice, number: int) -> tuple[str, bool]:
+        """A row of the page, and whether the layout keeps the rule."""
+        world, settings = way_of(choice)
+        found = train(self.pool, self.folder, self.corpus, world, f"layout-{number}", *settings)
+        reference = self.reference(choice["router"], 3)
+        wrong, (curve, way) = problems(found, reference), distance(found, reference)
+        return f"| {world} | " + " | ".join(choice.values()) + f" | {curve:.0e} | {way:.0e} | {'; '.join(wrong)} |", not wrong
+
+    def change(self, first: Choice, second: Choice, number: int) -> tuple[str, bool]:
+        """A row of the page of changes, and whether the pair keeps the rule."""
+        found, other = change(self.pool, self.folder, self.corpus, way_of(first), way_of(second), f"change-{number}")
+        reference = self.reference(first["router"], 5)
+        wrong, (curve, way) = problems(found, reference), distance(found, reference)
+        cells = (short(first), short(second), first["router"], str(len(other)), f"{curve:.0e}", f"{way:.0e}", "; ".join(wrong))
+        return f"| {' | '.join(cells)} |", not wrong and not other
+
+
+def way_of(choice: Choice) -> tuple[int, tuple[str, ...]]:
+    """Ranks and overrides of a layout."""
+    return ranks_of(choice), (*COMMON, router_of(choice), *settings_of(choice))
+
+
+def short(choice: Choice) -> str:
+    """A layout in few words."""
+    plain = {"-", "none"}
+    words = [f"{axis}{choice[axis]}" for axis in ("dp", "stream", "tp", "ep") if choice[axis] != "1"]
+    words += [choice[name] for name in ("pipeline", "context") if choice[name] not in plain]
+    words += [f"ZeRO {choice['zero']}"] + ["recompute"] * (choice["recompute"] != "none")
+    return ", ".join(words)
+
+
+def pairs(layouts: list[dict[str, str]], count: int) -> list[tuple[dict[str, str], dict[str, str]]]:
+    """Random pairs of layouts with the same router, the same every time."""
+    generator, found = random.Random(2), []
+    while len(found) < count:
+        first = generator.choice(layouts)
+        others = [choice for choice in layouts if choice["router"] == first["router"] and choice != first]
+        found.append((first, generator.choice(others)))
+    return found
+
+
 def main() -> None:
-    """Train the matrix and write the page."""
+    """Train the matrix, or the pairs, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", type=int, help="train the first so many and write nothing")
-    only = parser.parse_args().only
+    parser.add_argument("--pairs", type=int, help="so many changes from one layout to another instead")
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder, rows, right = Path(name), [], 0
-        corpus = build_corpus(folder / "words")
-        layouts = Matrix(folder, corpus).layouts()
-        references: dict[str, Result] = {}
-        pool, batch = RankPool(), "batch={sequences: 8, micro_batches: 4}"
-        for number, choice in enumerate(layouts[:only], 1):
-            router = choice["router"]
-            if router not in references:
-                references[router] = train(pool, folder, corpus, 1, f"one-{router}", MODEL, *ADAMW, router_of(choice), batch)
-            settings = (MODEL, *ADAMW, router_of(choice), *settings_of(choice), batch)
-            found = train(pool, folder, corpus, ranks_of(choice), f"layout-{number}", *settings)
-            wrong, (curve, way) = problems(found, references[router]), distance(found, references[router])
-            right += not wrong
-            rows.append(
-                f"| {ranks_of(choice)} | " + " | ".join(choice.values()) + f" | {curve:.0e} | {way:.0e} | {'; '.join(wrong)} |"
-            )
-            print(f"{number} of {len(layouts)}: {rows[-1]}", flush=True)
-        pool.close()
-        if only is None:
-            PAGE.write_text(page(rows, right, len(layouts)))
-        print(f"{right} of {len(rows)} layouts train the run of one process")
+        bench, rows, right = Bench(Path(name)), [], 0
+        layouts = Matrix(bench.folder, bench.corpus).layouts()
+        jobs: list[Callable[[int], tuple[str, bool]]] = [partial(bench.layout, choice) for choice in layouts]
+        if given.pairs is not None:
+            jobs = [partial(bench.change, first, second) for first, second in pairs(layouts, given.pairs)]
+        for number, job in enumerate(jobs[: given.only], 1):
+            row, kept = job(number)
+            rows.append(row)
+            right += kept
+            print(f"{number} of {len(jobs)}: {row}", flush=True)
+        bench.pool.close()
+        if given.only is None and given.pairs is None:
+            PAGE.write_text(page(rows, right, len(rows)))
+        elif given.only is None:
+            PAGE_OF_CHANGES.write_text(page_of_changes(rows, right, len(rows)))
+        print(f"{right} of {len(rows)} keep the rule")
     sys.exit(right < len(rows))
 
 

@@ -85,6 +85,39 @@ def train(
     return Result(losses(records), records, start, end)
 
 
+def load_and_save(rank: int, size: int, settings: dict[str, Any], folder: str) -> int:
+    """Resumes the run and saves what it has into another folder; the step it stands at."""
+    run = Run(Config.model_validate(settings), one_process(rank, size))
+    run.trainer.checkpoints = Path(folder)
+    run.save()
+    return run.trainer.progress.step
+
+
+def change(
+    ranks: RankPool,
+    folder: Path,
+    corpus: Path,
+    first: tuple[int, tuple[str, ...]],
+    second: tuple[int, tuple[str, ...]],
+    name: str = "run",
+) -> tuple[Result, list[str]]:
+    """Five steps, of which the last three in another layout, and the tensors whose bits change when that one loads and saves them again.
+
+    Args:
+        first: ranks, and the overrides of the layout and all else.
+        second: likewise.
+    """
+    before = train(ranks, folder, corpus, first[0], name, *first[1], steps=5, stop_after=2)
+    config = layout_config(folder, corpus, name, *second[1], "schedule.steps=5")
+    again = folder / f"again-{name}"
+    assert set(ranks.run(load_and_save, config.model_dump(), str(again), world_size=second[0])) == {2}
+    old, new = (saved(place / "step-00000002") for place in (folder / "runs" / name / "checkpoints", again))
+    assert {tensor.split("/")[0] for tensor in old} >= {"model", "adamw.exp_avg", "adamw.exp_avg_sq", "adamw.step"}
+    other = sorted(old.keys() ^ new.keys()) + [key for key in old.keys() & new.keys() if not torch.equal(old[key], new[key])]
+    after = train(ranks, folder, corpus, second[0], name, *second[1], steps=5)
+    return Result(before.curve + after.curve, before.records + after.records, before.start, after.end), other
+
+
 def layout_config(folder: Path, corpus: Path, name: str, *overrides: str) -> Config:
     # a whole model section replaces what is set below it: sizes come before the axes
     sizes = [override for override in overrides if override.startswith("model={")]
@@ -106,9 +139,10 @@ def layout_config(folder: Path, corpus: Path, name: str, *overrides: str) -> Con
 
 
 def full_unless(kept: Iterable[Any], names: Iterable[Any]) -> list[Any]:
-    """Test parameters of which all but some run with --full only."""
+    """Test parameters (tuples: of several arguments) of which all but some run with --full only."""
     kept = set(kept)
-    return [name if name in kept else pytest.param(name, marks=pytest.mark.full) for name in names]
+    values = {name: name if isinstance(name, tuple) else (name,) for name in names}
+    return [pytest.param(*value, marks=() if name in kept else pytest.mark.full) for name, value in values.items()]
 
 
 def reproducible(records: list[Record]) -> list[Record]:

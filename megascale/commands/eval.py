@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from megascale.config.errors import InputError
 
 if TYPE_CHECKING:
+    from megascale.data.batches import SequenceSet
     from megascale.train.load_run import LoadedModel
+    from megascale.train.team import Team
 
 LONGEST = 4096
 """Tokens of a window unless more are asked for; models made elsewhere may have contexts that no small machine can hold."""
@@ -39,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " sequence_length - S tokens before them (default: sequence_length, no overlap)",
     )  # fmt: skip
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
+    parser.add_argument(
+        "--parallel", metavar="LAYOUT",
+        help="of the ranks that a launcher starts: axes dp, pp, stream, cp, tp, ep and context as in a config's section parallel, for"
+        ' example "{tp: 2, pp: 2}" (default: all of them share the sequences)',
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -46,26 +53,43 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the verb; returns the exit code.
 
     Raises:
-        InputError: no run, checkpoint, source or file; streams of another trunk; a stride or a count that cannot be.
+        InputError: no run, checkpoint, source or file; streams of another trunk; a stride or a count that cannot be; a layout that does
+            not fit.
     """
-    count = sequence_count(arguments.sequences)
+    from megascale.train.team import join_team
 
+    with join_team(arguments.parallel, vars(arguments), lambda: _check(arguments)) as team:
+        return _run(arguments, team)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    sequence_count(arguments.sequences)
+    if arguments.sequence_length is not None and arguments.sequence_length < 1:
+        raise InputError("--sequence-length", f"{arguments.sequence_length} is out of range", "give at least 1")
+
+
+def _run(arguments: argparse.Namespace, team: Team) -> int:
     from megascale.train.evaluate import evaluate, text_sequences, validation_sequences
     from megascale.train.load_run import load_model
     from megascale.train.stream_sets import open_set
 
-    loaded = load_model(arguments.run, arguments.step, arguments.precision)
+    count = sequence_count(arguments.sequences)
+    loaded = load_model(arguments.run, arguments.step, arguments.precision, team, arguments.sequence_length)
     if arguments.streams is not None:
-        loaded = loaded.with_streams(open_set(arguments.streams))
+        loaded = team.together(lambda: loaded.with_streams(open_set(arguments.streams)))
     length = _length(arguments.sequence_length, loaded)
-    if arguments.stride is not None and not 1 <= arguments.stride <= length:
-        raise InputError("--stride", f"{arguments.stride} is out of range", f"give 1 to {length}, the sequence length")
-    if arguments.text:
-        sets = {str(path): text_sequences(loaded, path) for path in arguments.text}
-    else:
-        sets = dict(validation_sequences(loaded, arguments.source))
-    sets = {name: dataclasses.replace(sequences, length=length) for name, sequences in sets.items()}
-    results = {name: evaluate(loaded, sequences, count, arguments.stride) for name, sequences in sets.items()}
+
+    def sets() -> dict[str, SequenceSet]:
+        if arguments.stride is not None and not 1 <= arguments.stride <= length:
+            raise InputError("--stride", f"{arguments.stride} is out of range", f"give 1 to {length}, the sequence length")
+        if arguments.text:
+            return {str(path): text_sequences(loaded, path) for path in arguments.text}
+        return dict(validation_sequences(loaded, arguments.source))
+
+    found = {name: dataclasses.replace(sequences, length=length) for name, sequences in team.together(sets).items()}
+    results = {name: evaluate(loaded, sequences, count, arguments.stride) for name, sequences in found.items()}
+    if not team.leads:
+        return 0
     if arguments.json:
         facts = {"run": str(arguments.run), "step": loaded.step, "sequence_length": length, "stride": arguments.stride or length}
         print(json.dumps({**facts, "results": results}, indent=1))
@@ -78,8 +102,6 @@ def _length(given: int | None, loaded: LoadedModel) -> int:
     """Tokens of a window."""
     from megascale.train.load_run import LoadedRun
 
-    if given is not None and given < 1:
-        raise InputError("--sequence-length", f"{given} is out of range", "give at least 1")
     own = loaded.config.data.sequence_length
     return given or (own if isinstance(loaded, LoadedRun) else min(own, LONGEST))
 

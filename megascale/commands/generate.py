@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from megascale.train.load_run import LoadedModel
     from megascale.train.sampling import SamplingOptions
+    from megascale.train.team import Team
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=1, help="continuations; a single one is printed as it comes (default: 1)")
     parser.add_argument("--seed", type=int, default=1, help="of the random choices (default: 1)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
+    parser.add_argument(
+        "--parallel", metavar="LAYOUT",
+        help="of the ranks that a launcher starts: axes dp, pp, tp, ep, for example"
+        ' "{tp: 2, pp: 2}" (default: all of them share the samples)',
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -45,23 +51,37 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the verb; returns the exit code.
 
     Raises:
-        InputError: no run, checkpoint or tokenizer; streams of another trunk; a setting out of range; an unreadable or empty prompt.
+        InputError: no run, checkpoint or tokenizer; streams of another trunk; a setting out of range; an unreadable or empty prompt; a
+            layout that does not fit.
     """
-    from megascale.train.load_run import load_model
     from megascale.train.sampling import SamplingOptions
-    from megascale.train.stream_sets import open_set
+    from megascale.train.team import join_team, read_parallel
 
     options = SamplingOptions(arguments.tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    options.check()
-    if arguments.samples < 1:
-        raise InputError("--samples", f"{arguments.samples} is out of range", "give at least 1")
-    prompt = arguments.prompt if arguments.prompt_file is None else _read_prompt(arguments.prompt_file)
-    loaded = load_model(arguments.run, arguments.step, arguments.precision)
+
+    def check() -> None:
+        options.check()
+        if arguments.samples < 1:
+            raise InputError("--samples", f"{arguments.samples} is out of range", "give at least 1")
+        parallel = read_parallel(arguments.parallel)
+        if parallel.cp > 1 or parallel.stream > 1:
+            reason = "a new token is one token with all its streams: cp and stream have nothing to share"
+            raise InputError("--parallel", reason, "choose among dp, pp, tp, ep")
+
+    with join_team(arguments.parallel, vars(arguments), check) as team:
+        return _run(arguments, options, team)
+
+
+def _run(arguments: argparse.Namespace, options: SamplingOptions, team: Team) -> int:
+    from megascale.train.load_run import load_model
+    from megascale.train.stream_sets import open_set
+
+    prompt = team.of_leader(lambda: arguments.prompt if arguments.prompt_file is None else _read_prompt(arguments.prompt_file))
+    # the ranks share whole texts, not the tokens of one, whose number the layout therefore need not divide
+    loaded = load_model(arguments.run, arguments.step, arguments.precision, team, length=team.parallel.tp)
     if arguments.streams is not None:
-        loaded = loaded.with_streams(open_set(arguments.streams))
-    ids = loaded.encode(prompt)
-    if not ids:
-        raise InputError("--prompt", "is empty, and documents of this model have no start token", "give some text")
+        loaded = team.together(lambda: loaded.with_streams(open_set(arguments.streams)))
+    ids = team.together(lambda: _encode(loaded, prompt))
     context = loaded.config.data.sequence_length
     notes = []
     if len(ids) > context:
@@ -69,11 +89,13 @@ def run(arguments: argparse.Namespace) -> int:
         ids = ids[-context:]
     if len(ids) + options.tokens - 1 > context:
         notes.append(f"past {context:,} tokens the model sees only the newer part of the text, at least {context // 2:,} tokens")
-    for note in notes:
+    for note in notes if team.leads else ():
         print(f"note: {note}", file=sys.stderr, flush=True)
     assert loaded.tokenizer is not None
-    shown = None if arguments.json else prompt
+    shown = prompt if team.leads and not arguments.json else None
     samples, timing = _generate(loaded, loaded.tokenizer, ids, arguments.samples, options, shown)
+    if not team.leads:
+        return 0
     if arguments.json:
         head = {"run": str(arguments.run), "step": loaded.step, "prompt": prompt, "prompt_tokens": len(ids), "notes": notes}
         print(json.dumps({**head, "samples": samples, **timing}, indent=1))
@@ -81,6 +103,13 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = timing["prompt_seconds"]
     print(f"step {loaded.step}: {timing['tokens']:,} tokens, {speed}; prompt and first token {seconds:.2f} s", file=sys.stderr)
     return 0
+
+
+def _encode(loaded: LoadedModel, prompt: str) -> list[int]:
+    ids = loaded.encode(prompt)
+    if not ids:
+        raise InputError("--prompt", "is empty, and documents of this model have no start token", "give some text")
+    return ids
 
 
 def _read_prompt(name: str) -> str:
@@ -108,7 +137,7 @@ def _generate(
     if streaming:
         print(prompt, end="", flush=True)
     times = [time.perf_counter()]
-    for chosen in generate(loaded.decoder, ids, count, loaded.config.data.sequence_length, loaded.separator, options):
+    for chosen in generate(loaded.stages, ids, count, loaded.config.data.sequence_length, loaded.separator, options):
         for i, token in enumerate(chosen):
             if token is None:
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -111,15 +111,33 @@ class KeyValueCache:
     streams share them. Prefixes are not stored: they are parameters.
 
     A layer of Sequence-AltUp stores those of every k-th token.
+
+    Args:
+        model: the whole one.
+        batch: B.
+        tokens: N, the most that it can hold.
+        like: a tensor of the dtype and on the device of the keys.
+        layers: the numbers of those here; none: all.
+        kv_heads: G, of those here; none: all.
     """
 
-    def __init__(self, model: Model, batch: int, tokens: int, like: Tensor):
+    def __init__(
+        self,
+        model: Model,
+        batch: int,
+        tokens: int,
+        like: Tensor,
+        layers: Iterable[int] | None = None,
+        kv_heads: int | None = None,
+    ):
         assert model.kv_heads is not None and model.head_dim is not None
-        strided = strided_layers(model)
-        self.strides = [model.altup.stride if layer in strided else 1 for layer in range(model.layers)]
-        heads = [model.kv_heads, *[model.streams.count * model.kv_heads] * (model.layers - 1)]
-        shapes = [(batch, -(-tokens // k), count, model.head_dim) for k, count in zip(self.strides, heads, strict=True)]
-        self.pairs = [(like.new_zeros(shape), like.new_zeros(shape)) for shape in shapes]
+        strided, self.batch = strided_layers(model), batch
+        kv_heads = model.kv_heads if kv_heads is None else kv_heads
+        layers = range(model.layers) if layers is None else list(layers)
+        self.strides = {layer: model.altup.stride if layer in strided else 1 for layer in layers}
+        heads = {layer: kv_heads if layer == 0 else model.streams.count * kv_heads for layer in layers}
+        shapes = {layer: (batch, -(-tokens // self.strides[layer]), heads[layer], model.head_dim) for layer in layers}
+        self.pairs = {layer: (like.new_zeros(shape), like.new_zeros(shape)) for layer, shape in shapes.items()}
         self.shifts: dict[int, Tensor] = {}
         """layer -> [B, P, d], what the tokens up to the next stored one get from the last (Sequence-AltUp)"""
         self.length = 0
@@ -194,8 +212,8 @@ class Attention(nn.Module):
 
     def decode(self, x: Tensor, packing: Packing, cache: KeyValueCache, layer: int) -> Tensor:
         """`forward` for the next m tokens of B texts, x [B*m, P or 1, d], on top of the cached ones: m tokens at first, then one."""
-        batch = cache.pairs[0][0].shape[0]
-        q, k, v = (y.view(batch, -1, *y.shape[1:]) for y in self.project(x, packing.cos, packing.sin))
+        x = self.gather_tokens(x)
+        q, k, v = (y.view(cache.batch, -1, *y.shape[1:]) for y in self.project(x, packing.cos, packing.sin))
         assert cache.length == 0 or q.shape[1] == 1, "prefill at once, then one token at a time"
         k, v = cache.append(layer, k, v)
         prefill = cache.length == 0
@@ -211,5 +229,5 @@ class Attention(nn.Module):
             queries = streams_first(q.transpose(1, 2)).expand(self.streams, -1, -1, -1)
             prefix_out, prefix_lse = flash_forward(queries, prefix_k, prefix_v, False)
             merged, _ = merge_by_lse(streams_first(out), streams_first(lse), prefix_out, prefix_lse)
-            return self.o(merged.permute(2, 0, 1, 3).reshape(x.shape[0], self.streams, -1))
-        return self.o(out.transpose(1, 2).reshape(*x.shape[:2], -1))
+            return self.scatter_tokens(self.o(merged.permute(2, 0, 1, 3).reshape(x.shape[0], self.streams, -1)))
+        return self.scatter_tokens(self.o(out.transpose(1, 2).reshape(*x.shape[:2], -1)))

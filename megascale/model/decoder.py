@@ -87,8 +87,7 @@ class Layer(nn.Module):
         block = residual.read(blocks, packing)
         update, _ = self._finish(block, self.attention.decode(self.attention_norm(block), here, cache, layer), there)
         if isinstance(residual, SequenceResidual):
-            batch = cache.pairs[layer][0].shape[0]
-            cache.shifts[layer] = residual.shift(block, update).unflatten(0, (batch, -1))[:, -1]
+            cache.shifts[layer] = residual.shift(block, update).unflatten(0, (cache.batch, -1))[:, -1]
         return residual(blocks, update, packing)
 
     def _tokens(self, packing: Packing, origin: Origin) -> tuple[Packing, Origin]:
@@ -268,16 +267,28 @@ class Decoder(nn.Module):
         """The losses of a micro-batch of a whole decoder; arguments as in `advance`."""
         return self.advance(None, tokens, positions, documents, labels, scale, draw=draw)[1]
 
-    def decode(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits [B, V] of the last of m new tokens [B, m] behind the cached ones, which grow by m."""
+    def cache(self, batch: int, tokens: int) -> KeyValueCache:
+        """For the keys and values of the layers and heads here, of `batch` texts of at most so many tokens."""
+        layers = [layer for layer in self.layers.values() if isinstance(layer, Layer)]
+        weight = layers[0].attention.k.weight
+        return KeyValueCache(
+            self.config, batch, tokens, weight, map(int, self.layers), weight.shape[0] // layers[0].attention.head_dim
+        )
+
+    def decode(self, tokens: Tensor, cache: KeyValueCache, state: Tensor | None = None) -> Tensor:
+        """Logits [B, V] of the last of m new tokens [B, m] behind the cached ones, which grow by m; of a stage that is not the last, the
+        state. `state` is that of the stage before. Tensor-parallel ranks share the B texts.
+        """
         batch, new = tokens.shape
         positions = torch.arange(cache.length, cache.length + new, device=tokens.device).expand(batch, -1)
         packing = pack(positions, torch.zeros_like(positions), self.config)
-        assert self.head is not None
-        state, origin = self.embed(tokens.flatten()), origin_of(tokens, NO_DRAW, identity)
+        state = self.embed(tokens.flatten()) if state is None else state
+        origin = origin_of(tokens, NO_DRAW, self.share_tokens)
         for name, layer in self.layers.items():
             assert isinstance(layer, Layer)
             state = layer.decode(state, packing, origin, cache, int(name))
         cache.length += new
-        last = state.unflatten(0, (batch, new))[:, -1]
+        if self.head is None:
+            return state
+        last = state.unflatten(0, (-1, new))[:, -1]
         return self.head(self.join(last)[0])

@@ -40,7 +40,7 @@ def unit_range(units: int, part: int, parts: int) -> range:
 
 def identity(x: Tensor) -> Tensor:
     """On one device: gather_tokens, scatter_tokens, share_tokens, population_sum; merge_streams, scatter_streams, share_streams,
-    share_labels, join_losses; share_context, join_context.
+    share_labels, join_losses; share_context, join_context; join_logits.
     """
     return x
 

@@ -39,13 +39,14 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, width))
         self.splits = {"weight": Split(0, "tp", vocabulary)}
-        self.first_row = 0
+        self.vocabulary, self.first_row = vocabulary, 0
         self.gather_tokens: Exchange = identity
         self.join_vocabulary: JoinVocabulary = whole_vocabulary
+        self.join_logits: Exchange = identity
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [T, v] of x [T, d]."""
-        return F.linear(self.gather_tokens(x), self.weight)
+        """Logits [T, V] of x [T, d]."""
+        return self.join_logits(F.linear(self.gather_tokens(x), self.weight))
 
     def loss(self, x: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """See `linear_cross_entropy`; labels of all tokens, x of those that this rank holds."""

@@ -17,6 +17,7 @@ from megascale.parallel.collectives import (
     gather,
     gather_rows,
     in_rank_order,
+    join_logits,
     join_vocabulary,
     merge,
     scatter,
@@ -64,6 +65,7 @@ def _split_over_tensor_ranks(module: nn.Module, mesh: Mesh) -> None:
         module.share_tokens = share(group)
     elif isinstance(module, Head):
         module.gather_tokens, module.join_vocabulary = gather(group), join_vocabulary(group)
+        module.join_logits = join_logits(group, module.vocabulary)
 
 
 def _split_over_stream_ranks(module: nn.Module, streams: int, mesh: Mesh) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from megascale.model.exchange import Exchange, OrderedExchange
+from megascale.model.exchange import Exchange, OrderedExchange, unit_range
 from megascale.model.routing import take_rows
 
 
@@ -172,6 +173,20 @@ def join_vocabulary(group: dist.ProcessGroup) -> Callable[[Tensor, Tensor], tupl
         sums = torch.stack([(normaliser - largest).exp(), chosen])
         dist.all_reduce(sums, group=group)
         return largest + sums[0].log(), sums[1]
+
+    return join
+
+
+def join_logits(group: dist.ProcessGroup, vocabulary: int) -> Exchange:
+    """The exchange point join_logits: of logits [T, v] of each rank's rows of the vocabulary those of all rows."""
+    ranks, name = group.size(), group.group_name
+    rows = [len(unit_range(vocabulary, part, ranks)) for part in range(ranks)]
+    most = max(rows)
+
+    def join(logits: Tensor) -> Tensor:
+        padded = F.pad(logits, (0, most - logits.shape[1])).t()
+        parts = gather_rows(padded, ranks, name).unflatten(0, (ranks, most))
+        return torch.cat([part[:size] for part, size in zip(parts, rows, strict=True)]).t()
 
     return join
 

@@ -24,6 +24,7 @@ from torch.distributed.pipelining.schedules import (
 from megascale.config.layout import rank_of_stage, stage_count
 from megascale.config.schema import Config
 from megascale.data.batches import MicroBatch
+from megascale.model.attention import KeyValueCache
 from megascale.model.decoder import Decoder, Losses, is_routed
 from megascale.model.origin import Draw
 from megascale.model.reinforce import NUMBERS
@@ -224,18 +225,36 @@ class Stages:
         """The token losses [tokens of the batch] on the ranks of the last stage; none on the others."""
         device = self.mesh.world.device.torch
         here, one = batch.to(device), torch.ones((), device=device)
+
+        def advance(_: int, decoder: Decoder, state: Tensor | None) -> Tensor:
+            after, losses = decoder.advance(state, here.tokens, here.positions, here.documents, here.labels, one)
+            if losses.token_losses is None:
+                return after
+            return decoder.join_context(decoder.join_losses(losses.token_losses))
+
+        return self._pass(batch.tokens.numel(), advance)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, caches: Mapping[int, KeyValueCache]) -> Tensor | None:
+        """Logits [B, V] behind the new tokens [B, m] of cached texts on the ranks of the last stage; none on the others.
+
+        Args:
+            caches: by stage; see `Decoder.decode`.
+        """
+        return self._pass(tokens.numel(), lambda stage, decoder, state: decoder.decode(tokens, caches[stage], state))
+
+    def _pass(self, tokens: int, advance: Callable[[int, Decoder, Tensor | None], Tensor]) -> Tensor | None:
+        """Forward through all stages; what `advance` makes of the last one, where it is."""
         pipeline, parallel = self.mesh.along("pp"), self.config.parallel
-        state = token_losses = None
+        state = None
         for stage, decoder in self.decoders.items():
             if stage > 0 and stage - 1 not in self.decoders:
-                state = self._empty_state(batch.tokens.numel(), device)
+                state = self._empty_state(tokens, self.mesh.world.device.torch)
                 dist.recv(state, pipeline[rank_of_stage(stage - 1, parallel)], self.mesh.group(pipeline))
-            state, losses = decoder.advance(state, here.tokens, here.positions, here.documents, here.labels, one)
-            if losses.token_losses is not None:
-                token_losses = decoder.join_context(decoder.join_losses(losses.token_losses))
-            elif stage + 1 not in self.decoders:
+            state = advance(stage, decoder, state)
+            if stage + 1 < self.count and stage + 1 not in self.decoders:
                 dist.send(state.contiguous(), pipeline[rank_of_stage(stage + 1, parallel)], self.mesh.group(pipeline))
-        return token_losses
+        return state if self.is_last else None
 
     def train(self, mode: bool) -> None:
         """Training or evaluation mode of all parts."""

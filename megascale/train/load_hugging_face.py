@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megascale.checkpoint.hugging_face.folder import TOKENIZER, open_hugging_face
+from megascale.checkpoint.hugging_face.folder import TOKENIZER, HuggingFaceModel, open_hugging_face
 from megascale.checkpoint.hugging_face.read import HuggingFaceTensors
-from megascale.checkpoint.weights import BUFFERS, WEIGHTS
 from megascale.config.schema import Config, Data
-from megascale.train.load_run import LoadedModel, Precision, decoder_of, with_tokenizer
+from megascale.train.load_run import LoadedModel, Precision, with_tokenizer
+from megascale.train.team import Team, check_layout, open_stages
 
 CONTEXT = 2048
 """Tokens of context where config.json does not say."""
 
 
-def load_hugging_face(folder: Path, precision: Precision) -> LoadedModel:
+def load_hugging_face(folder: Path, precision: Precision, team: Team, length: int | None) -> LoadedModel:
     """Open config.json, the safetensors files and tokenizer.json, if there is one; one tensor is read at a time.
 
     Raises:
-        InputError: see `open_hugging_face` and `load_tokenizer`.
+        InputError: see `open_hugging_face` and `load_tokenizer`; or the layout does not fit the model.
     """
-    source = open_hugging_face(folder)
-    tensors = HuggingFaceTensors(source)
-    decoder, world = decoder_of(source.model, lambda name: tensors.read(WEIGHTS + name), precision)
-    buffers = {name: tensors.read(BUFFERS + name).to(world.device.torch) for name, _ in decoder.named_buffers()}
-    decoder.load_state_dict(buffers, strict=False, assign=True)
-    config = Config(model=source.model, data=Data(sequence_length=source.context or CONTEXT))
-    tokenizer = folder / TOKENIZER
-    return with_tokenizer(folder, config, decoder, world, tokenizer if tokenizer.is_file() else None, source.values)
+
+    def found() -> tuple[HuggingFaceModel, Config]:
+        source = open_hugging_face(folder)
+        config = Config(model=source.model, data=Data(sequence_length=source.context or CONTEXT))
+        check_layout(config, team, length or config.data.sequence_length)
+        return source, config
+
+    source, config = team.together(found)
+    stages = open_stages(config, HuggingFaceTensors(source), precision, team)
+    tokenizer = folder / TOKENIZER if (folder / TOKENIZER).is_file() else None
+    return team.together(lambda: with_tokenizer(folder, config, stages, tokenizer, source.values))

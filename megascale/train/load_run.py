@@ -1,15 +1,14 @@
-"""A trained model, opened for evaluation and generation in one process: a run folder, or a Hugging Face folder."""
+"""A trained model, opened for evaluation and generation by one process or several: a run folder, or a Hugging Face folder."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 
 from megascale.checkpoint.fold import folded
@@ -24,23 +23,21 @@ from megascale.config.errors import InputError
 from megascale.config.load import load_config
 from megascale.config.phases import span_at
 from megascale.config.resolve import resolve
-from megascale.config.schema import Config, Model, Parallel
+from megascale.config.schema import Config
 from megascale.data.batches import SequenceSet
 from megascale.data.digests import value_digest
 from megascale.data.open_data import OpenData
 from megascale.data.tokenizer import load_tokenizer, separator_id, token_bytes, vocabulary_size
 from megascale.model.decoder import Decoder
-from megascale.parallel.buffers import read_buffers
-from megascale.parallel.device import choose_device
-from megascale.parallel.mesh import alone
 from megascale.parallel.pipeline import Stages
 from megascale.parallel.world import World
-from megascale.train.build import cast, open_run_data
+from megascale.train.build import open_run_data
+from megascale.train.team import Team, check_layout, open_stages
 
 if TYPE_CHECKING:
     from megascale.checkpoint.stream_set import StreamSet
 
-__all__ = ["WEIGHTS", "LoadedModel", "LoadedRun", "decoder_of", "load_model", "load_run", "open_checkpoint", "read_run_config"]
+__all__ = ["WEIGHTS", "LoadedModel", "LoadedRun", "load_model", "load_run", "open_checkpoint", "read_run_config"]
 
 Precision = Literal["fp32", "bf16"]
 
@@ -53,8 +50,7 @@ class LoadedModel:
         folder: as the user gave it.
         step: of the checkpoint that was read; 0 for weights that were not trained here.
         config: resolved, with the vocabulary's size; of a Hugging Face folder only model and data.sequence_length mean anything.
-        decoder: in evaluation mode, without gradients.
-        world: this process alone, and its device.
+        stages: this rank's part, in evaluation mode, without gradients.
         tokenizer: None where there is none.
         token_bytes: bytes of text of each id; see `OpenData`.
         validation: held-out sequences by source.
@@ -66,8 +62,7 @@ class LoadedModel:
     folder: Path
     step: int
     config: Config
-    decoder: Decoder
-    world: World
+    stages: Stages
     tokenizer: Tokenizer | None
     token_bytes: np.ndarray | None
     validation: Mapping[str, SequenceSet]
@@ -84,17 +79,23 @@ class LoadedModel:
         """The same trunk with other streams, or (none) with one: P is chosen for each generation. The trunk's tensors are shared.
 
         Raises:
-            InputError: the set was trained beside another trunk.
+            InputError: the set was trained beside another trunk; several ranks have the trunk.
         """
         from megascale.train.stream_sets import with_streams
 
         return with_streams(self, chosen)
 
     @property
-    def stages(self) -> Stages:
-        """The decoder as the only stage of a process that works alone, whatever layout it was trained in."""
-        config = self.config.model_copy(update={"parallel": Parallel()})
-        return Stages({0: self.decoder}, config, alone(self.world.device))
+    def world(self) -> World:
+        """The ranks that have the model, and this one's device."""
+        return self.stages.mesh.world
+
+    @property
+    def decoder(self) -> Decoder:
+        """The whole model, of a process that works alone."""
+        assert self.world.size == 1
+        (decoder,) = self.stages.modules()
+        return decoder
 
     def encode(self, text: str) -> list[int]:
         """Ids of a document that starts with `text`, those before it included where documents start with some.
@@ -122,44 +123,51 @@ class LoadedRun(LoadedModel):
     data: OpenData
 
 
-def load_model(folder: Path, step: int | None = None, precision: Precision = "fp32") -> LoadedModel:
+def load_model(
+    folder: Path, step: int | None = None, precision: Precision = "fp32", team: Team | None = None, length: int | None = None
+) -> LoadedModel:
     """Open a run folder or a Hugging Face folder. Arguments and errors as in `load_run`; a Hugging Face folder has no steps."""
+    team = team or Team.of_one()
     if not is_hugging_face(folder):
         if is_import(folder, step):
-            return _load_import(folder, precision)
-        return load_run(folder, step, precision)
+            return _load_import(folder, precision, team, length)
+        return load_run(folder, step, precision, team, length)
     if step is not None:
         raise InputError("--step", f"{folder} is a Hugging Face folder, which has no steps", "leave it out")
     from megascale.train.load_hugging_face import load_hugging_face
 
-    return load_hugging_face(folder, precision)
+    return load_hugging_face(folder, precision, team, length)
 
 
-def load_run(folder: Path, step: int | None = None, precision: Precision = "fp32") -> LoadedRun:
+def load_run(
+    folder: Path, step: int | None = None, precision: Precision = "fp32", team: Team | None = None, length: int | None = None
+) -> LoadedRun:
     """Open a run folder: its config, its data, and the weights of one checkpoint.
 
     Args:
         folder: runs/NAME.
         step: of the checkpoint; None: the newest good one.
         precision: of the weights in memory; the saved weights are fp32.
+        team: the ranks that share the model, all of which call this; by default this process has all of it.
+        length: tokens of the sequences that the layout has to fit; by default those of the training.
 
     Raises:
-        InputError: no run there, its data is gone, no good checkpoint (of this step), weights that do not fit the config.
+        InputError: no run there, its data is gone, no good checkpoint (of this step), weights or a layout that do not fit the config.
     """
-    config, data = open_run_data(read_run_config(folder))
-    with open_checkpoint(folder, step) as reader:
+    team = team or Team.of_one()
+    config, data = team.together(lambda: open_run_data(read_run_config(folder)))
+    with _verified(folder, step, team) as reader:
         # an early phase has fewer streams
         whole, model = folded(reader, span_at(config, reader.step).config.model)
         config = config.model_copy(update={"model": model})
-        decoder, world = _read_decoder(model, whole, precision)
+        stages = _open(config, whole, precision, team, length)
     starts = data.train.sources[0].sequences.split.starts_with_separator
     separator = _separator(data, starts)
     return LoadedRun(
         folder=folder,
         step=reader.step,
         config=config,
-        decoder=decoder,
-        world=world,
+        stages=stages,
         tokenizer=data.tokenizer,
         token_bytes=data.token_bytes,
         validation=data.validation,
@@ -170,20 +178,38 @@ def load_run(folder: Path, step: int | None = None, precision: Precision = "fp32
     )
 
 
-def _load_import(folder: Path, precision: Precision) -> LoadedModel:
+def _verified(folder: Path, step: int | None, team: Team) -> CheckpointReader:
+    """The checkpoint that rank 0 has chosen, and alone verified."""
+
+    def choose() -> int:
+        with open_checkpoint(folder, step) as reader:
+            return reader.step
+
+    chosen = team.of_leader(choose)
+    return team.together(lambda: open_checkpoint(folder, chosen, verify=False))
+
+
+def _open(config: Config, tensors: CheckpointReader, precision: Precision, team: Team, length: int | None) -> Stages:
+    def fits() -> None:
+        check_layout(config, team, length or config.data.sequence_length)
+        check_weights(tensors, parameter_shapes(config.model))
+
+    team.together(fits)
+    return open_stages(config, tensors, precision, team)
+
+
+def _load_import(folder: Path, precision: Precision, team: Team, length: int | None) -> LoadedModel:
     """The model of an imported run that was not trained yet; its tokenizer is data.tokenizer."""
-    config = read_run_config(folder)
-    with open_checkpoint(folder, 0) as reader:
+    config = team.together(lambda: read_run_config(folder))
+    with _verified(folder, 0, team) as reader:
         size = reader.shape(f"{WEIGHTS}embedding.weight")[0]
         config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
-        decoder, world = _read_decoder(config.model, reader, precision)
-    path = config.data.tokenizer
-    return with_tokenizer(folder, config, decoder, world, Path(path) if path is not None else None, kept_config(folder) or {})
+        stages = _open(config, reader, precision, team, length)
+    path = Path(config.data.tokenizer) if config.data.tokenizer is not None else None
+    return team.together(lambda: with_tokenizer(folder, config, stages, path, kept_config(folder) or {}))
 
 
-def with_tokenizer(
-    folder: Path, config: Config, decoder: Decoder, world: World, path: Path | None, values: Mapping[str, Any]
-) -> LoadedModel:
+def with_tokenizer(folder: Path, config: Config, stages: Stages, path: Path | None, values: Mapping[str, Any]) -> LoadedModel:
     """A model without corpora. Ids before a document are those that its tokenizer.json puts there.
 
     Args:
@@ -205,7 +231,7 @@ def with_tokenizer(
         end = values.get("eos_token_id")
         end = next(iter(end), None) if isinstance(end, list) else end
         separator = separator_id(tokenizer) if end is None else int(end)
-    return LoadedModel(folder, 0, config, decoder, world, tokenizer, sizes, {}, start, separator)
+    return LoadedModel(folder, 0, config, stages, tokenizer, sizes, {}, start, separator)
 
 
 def _before_text(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -251,31 +277,6 @@ def open_checkpoint(folder: Path, step: int | None, verify: bool = True) -> Chec
     if verify:
         reader.verify()
     return reader
-
-
-def _read_decoder(model: Model, reader: CheckpointReader, precision: Precision) -> tuple[Decoder, World]:
-    check_weights(reader, parameter_shapes(model))
-    decoder, world = decoder_of(model, lambda name: reader.read(WEIGHTS + name), precision)
-    buffers = {name: buffer.to(world.device.torch) for name, buffer in read_buffers(decoder, reader).items()}
-    decoder.load_state_dict(buffers, strict=False, assign=True)
-    return decoder, world
-
-
-def decoder_of(model: Model, read: Callable[[str], torch.Tensor], precision: Precision) -> tuple[Decoder, World]:
-    """A decoder for evaluation, with fp32 weights that `read` gives by name, one by one; nothing is initialised first."""
-    with torch.device("meta"):
-        decoder = Decoder(model)
-    world = World(0, 1, choose_device(0, 1))
-    weights = {}
-    for name, _ in decoder.named_parameters():
-        weight = {name: torch.nn.Parameter(read(name), requires_grad=False)}
-        cast(weight, precision)
-        weights[name] = weight[name].detach().to(world.device.torch)
-    decoder.load_state_dict(weights, strict=False, assign=True)
-    if model.tie_embeddings:
-        assert decoder.head is not None and decoder.embedding is not None
-        decoder.head.weight = decoder.embedding.weight  # assigning has given the embedding a parameter of its own
-    return decoder.eval().requires_grad_(False), world
 
 
 def _separator(data: OpenData, starts_with_separator: bool) -> int | None:

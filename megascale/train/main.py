@@ -26,6 +26,7 @@ from megascale.parallel.mesh import open_mesh
 from megascale.parallel.world import World, end_world, rank_variables, start_world
 from megascale.train.build import open_run_data
 from megascale.train.launcher import LauncherWatch
+from megascale.train.lease import LeaseLost, hold
 from megascale.train.phases import train_phases
 from megascale.train.run_folder import write_manifest
 from megascale.train.shared_folder import open_shared_folder
@@ -64,7 +65,9 @@ def train(config_file: Path, overrides: Sequence[str]) -> int:
         if (folder / "STOP").exists():
             say(f"not starting: {folder / 'STOP'} exists; delete it to train")
             return write_exit(folder, "stop") if world.rank == 0 else 0
-        return _run(start.config, start.data, world, folder, say, launcher)
+        with hold(folder, world, say) as lease:
+            stop = StopRequest(folder / "STOP", launcher, lease)
+            return _run(start.config, start.data, world, folder, say, stop)
     finally:
         end_world(world)
 
@@ -87,13 +90,12 @@ def _speaker(world: World) -> Say:
     return say
 
 
-def _run(config: Config, data: OpenData, world: World, folder: Path, say: Say, launcher: LauncherWatch) -> int:
+def _run(config: Config, data: OpenData, world: World, folder: Path, say: Say, stop: StopRequest) -> int:
     metrics = folder / "metrics.jsonl"
     lineage = world.broadcast(next_lineage(metrics) if world.rank == 0 else None)
     if world.rank == 0:
         # what a reader finds if this process is killed or hangs; every ordered end writes over it
         write_exit(folder, "error", message="the run did not end by itself: it is running, was killed, or hung (see logs/)")
-    stop = StopRequest(folder / "STOP", launcher)
     sink: Sink = FanOut([])
     reason, facts, files = "error", {"message": ""}, ExitStack()
     try:
@@ -112,6 +114,9 @@ def _run(config: Config, data: OpenData, world: World, folder: Path, say: Say, l
             )
         reason, step = train_phases(config, data, mesh, folder, sink, lineage, stop, say, start)
         facts = {"message": _cause(reason, stop), "step": str(step)}
+    except LeaseLost as error:
+        reason, error.told = "lost", world.rank != 0
+        raise
     except Exception as error:
         reason = "bad_input" if isinstance(error, InputError) and error.exit_code == 2 else "error"
         facts = {"message": f"rank {world.rank}: {type(error).__name__}: {error}"}
@@ -120,7 +125,7 @@ def _run(config: Config, data: OpenData, world: World, folder: Path, say: Say, l
     finally:
         files.close()
         sink.close()
-        if world.rank == 0 or reason in ("error", "bad_input"):
+        if (world.rank == 0 and reason != "lost") or reason in ("error", "bad_input"):
             write_exit(folder, reason, **facts)
     world.barrier()  # a launcher ends all ranks once one leaves with a code other than 0: rank 0's sinks have to be closed by then
     say(f"{reason} at step {facts['step']}; files in {folder}")

@@ -127,7 +127,7 @@ def _sample(run: LoadedRun, say: Callable[[str], None]) -> dict[str, str] | None
     prompt = fitting_prompt(text_of(split, tokenizer, run.separator, _PROMPT_BYTES).decode("utf-8"))
     context = run.config.data.sequence_length
     ids = run.encode(prompt)[-context:]
-    chosen = [step[0] for step in generate(run.decoder, ids, 1, context, run.separator, _SAMPLE)]
+    chosen = [step[0] for step in generate(run.stages, ids, 1, context, run.separator, _SAMPLE)]
     whole = [token for token in [*ids, *chosen] if token is not None and token != run.separator]
     text = tokenizer.decode(whole, skip_special_tokens=False)
     return {"prompt": prompt, "text": text, "settings": f"temperature {_SAMPLE.temperature}, top-p {_SAMPLE.top_p}"}

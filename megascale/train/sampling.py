@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from megascale.config.errors import InputError
-from megascale.model.attention import KeyValueCache
-from megascale.model.decoder import Decoder
 from megascale.model.initialize import generator
+from megascale.parallel.pipeline import Stages
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,8 @@ def choose(logits: Tensor, options: SamplingOptions, draw: float) -> int:
     return int(ids[min(place, len(reached) - 1)])
 
 
-@torch.no_grad()
 def generate(
-    decoder: Decoder, prompt: list[int], samples: int, context: int, stop: int | None, options: SamplingOptions
+    stages: Stages, prompt: list[int], samples: int, context: int, stop: int | None, options: SamplingOptions
 ) -> Iterator[list[int | None]]:
     """Continue a prompt several times at once, one token of every sample at a time.
 
@@ -75,6 +73,8 @@ def generate(
     are what training is made of.
 
     Args:
+        stages: the model; all its ranks call this together, and each gets all samples. Data-parallel ranks share the samples, and so do
+            tensor-parallel ones between their split matrices.
         prompt: ids, 1 to `context` of them.
         samples: B.
         context: most tokens the model sees, the length of its training sequences.
@@ -84,21 +84,30 @@ def generate(
         The next token of each sample; None once it has ended. Ends after `options.tokens`, or when all samples have.
     """
     assert 0 < len(prompt) <= context
-    assert decoder.embedding is not None
-    device = decoder.embedding.weight.device
-    cache = KeyValueCache(decoder.config, samples, min(context, len(prompt) + options.tokens), decoder.embedding.weight)
-    text = torch.tensor(prompt).repeat(samples, 1)
-    new, ended = text, [False] * samples
+    mesh, device = stages.mesh, stages.mesh.world.device.torch
+    readers, tensor = mesh.along("dp"), mesh.size("tp")
+    # as many on every rank: the last ones may be more than were asked for
+    each = -(-samples // (len(readers) * tensor)) * tensor
+    mine = range(each * readers.index(mesh.world.rank), each * (readers.index(mesh.world.rank) + 1))
+    caches = {stage: part.cache(each, min(context, len(prompt) + options.tokens)) for stage, part in stages.decoders.items()}
+    text = torch.tensor(prompt).repeat(each, 1)
+    new, ended, length = text, [False] * samples, 0
     for position in range(options.tokens):
-        if cache.length == context:
-            cache.length, new = 0, text[:, -max(context // 2, 1) :]
-        logits = decoder.decode(new.to(device), cache).cpu()
-        chosen = [choose(row, options, _draw(options.seed, i, position)) for i, row in enumerate(logits)]
-        ended = [was or token == stop for was, token in zip(ended, chosen, strict=True)]
-        yield [None if over else token for over, token in zip(ended, chosen, strict=True)]
+        if length == context:
+            length, new = 0, text[:, -max(context // 2, 1) :]
+            for cache in caches.values():
+                cache.length = 0
+        logits, length = stages.decode(new.to(device), caches), length + new.shape[1]
+        here = None
+        if logits is not None and mesh.place["tp"] == 0:
+            rows = zip(mine, logits.cpu(), strict=True)
+            here = [choose(row, options, _draw(options.seed, i, position)) for i, row in rows]
+        chosen = [token for part in mesh.world.gather(here) if part is not None for token in part]
+        ended = [was or token == stop for was, token in zip(ended, chosen, strict=False)]
+        yield [None if over else token for over, token in zip(ended, chosen, strict=False)]
         if all(ended):
             return
-        new = torch.tensor(chosen)[:, None]
+        new = torch.tensor(chosen[mine.start : mine.stop])[:, None]
         text = torch.cat([text[:, -context:], new], 1)
 
 

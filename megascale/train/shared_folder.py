@@ -28,17 +28,17 @@ def open_shared_folder(config: Config, world: World) -> Path:
             open_run_folder(config)
         except InputError as error:
             failure = error
-    _raise_together(failure, world)
+    raise_together(failure, world)
     folder = Path(config.run.folder) / config.run.name
     blind = [rank for rank, sees in enumerate(_see(folder, world)) if not sees]
     if blind:
         reason = f"{name_ranks(blind)} cannot see what rank 0 writes there"
         failure = InputError(f"run folder {folder}", reason, "choose a run.folder=PATH that all hosts share")
-    _raise_together(failure, world)
+    raise_together(failure, world)
     return folder
 
 
-def _raise_together(failure: InputError | None, world: World) -> None:
+def raise_together(failure: InputError | None, world: World) -> None:
     """Raise rank 0's failure on all ranks. Rank 0 prints it first: a launcher ends it as soon as another rank has ended."""
     if failure is not None and world.rank == 0:
         tell(failure)

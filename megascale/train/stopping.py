@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from megascale.train.launcher import LauncherWatch
+from megascale.train.lease import Lease
 
 EXIT_CODES = {"done": 0, "stop": 0, "error": 1, "bad_input": 2, "requeue": 85}
 """Process exit code by the reason in exit.json. Launchers may swallow codes, so job scripts read the file."""
@@ -29,14 +30,17 @@ class StopRequest:
     The run removes it. STOP stays, and keeps the run from starting again.
     """
 
-    NONE, STOP, REQUEUE = 0, 1, 2
+    NONE, STOP, REQUEUE, LOST = 0, 1, 2, 3
+    """LOST: another job has taken the run folder, in which nothing may be written any more"""
 
     launcher: LauncherWatch | None = None
+    lease: Lease | None = None
+    """rank 0's"""
     cause = ""
     """what asked this rank to stop; empty if nothing did"""
 
-    def __init__(self, stop_file: Path, launcher: LauncherWatch | None = None):
-        self.stop_file, self.level, self.launcher = stop_file, self.NONE, launcher
+    def __init__(self, stop_file: Path, launcher: LauncherWatch | None = None, lease: Lease | None = None):
+        self.stop_file, self.level, self.launcher, self.lease = stop_file, self.NONE, launcher, lease
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._signalled)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
@@ -51,6 +55,8 @@ class StopRequest:
 
     def poll(self, rank: int) -> int:
         """The level on this rank; rank 0 also looks for the files, and every rank for its launcher."""
+        if self.lease is not None and self.lease.is_lost():
+            return self.LOST
         if rank == 0:
             self._look_for_files()
         if self.launcher is not None and self.launcher.gone():

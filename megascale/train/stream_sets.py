@@ -19,6 +19,7 @@ from megascale.train.build import cast
 from megascale.train.inherit import Inheritance, inherit
 from megascale.train.load_run import LoadedModel, Precision
 from megascale.train.source import Source, open_source
+from megascale.train.team import whole
 
 Loaded = TypeVar("Loaded", bound=LoadedModel)
 
@@ -65,8 +66,11 @@ def with_streams(loaded: Loaded, chosen: StreamSet | None) -> Loaded:
     """The same trunk with other streams; none = without, P = 1. Both models stay usable, side by side.
 
     Raises:
-        InputError: the set was trained beside another trunk.
+        InputError: the set was trained beside another trunk; several ranks have the trunk.
     """
+    if loaded.world.size > 1:
+        reason = f"the trunk is on {loaded.world.size} ranks, and streams can be put on that of one process only"
+        raise InputError("--streams", reason, "leave the launcher out, or `megascale convert` both into one model first")
     model = without_streams(loaded.config.model)
     tensors: dict[str, nn.Parameter] = {}
     if chosen is not None:
@@ -84,7 +88,7 @@ def with_streams(loaded: Loaded, chosen: StreamSet | None) -> Loaded:
         assert decoder.head is not None and decoder.embedding is not None
         decoder.head.weight = decoder.embedding.weight
     config = loaded.config.model_copy(update={"model": model})
-    return dataclasses.replace(loaded, config=config, decoder=decoder.eval().requires_grad_(False))
+    return dataclasses.replace(loaded, config=config, stages=whole(decoder.eval().requires_grad_(False), config, loaded.world))
 
 
 def _check_trunk(loaded: LoadedModel, chosen: StreamSet) -> None:

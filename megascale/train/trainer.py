@@ -31,6 +31,7 @@ from megascale.parallel.world import World
 from megascale.train.batch_stream import StepBatch, step_batches
 from megascale.train.build import Parts
 from megascale.train.inherit import inherit
+from megascale.train.lease import LeaseLost
 from megascale.train.profiling import StepProfiler
 from megascale.train.quiet import quiet_prefixes
 from megascale.train.recovery import Recovery
@@ -130,7 +131,11 @@ class Trainer:
             quiet_prefixes(self.parts, step)
 
     def run(self, stop: StopRequest) -> str:
-        """Train until the phase is done, or stopped; returns the reason for exit.json."""
+        """Train until the phase is done, or stopped; returns the reason for exit.json.
+
+        Raises:
+            LeaseLost: another job has the run folder now.
+        """
         config, steps = self.config, self.span.last
         profiler = StepProfiler(config.profile, self.folder / "logs", self.world.rank)
         readers = self.mesh.along("dp")
@@ -157,6 +162,8 @@ class Trainer:
                 self.sink.write(record)
                 level = self._agreed(stop.poll(self.world.rank))
                 self._watch(stacks)
+                if level == StopRequest.LOST:
+                    raise LeaseLost(self.folder)
                 if level or step == steps:
                     self._save()
                 elif config.checkpoint.every and step % config.checkpoint.every == 0:
@@ -172,7 +179,7 @@ class Trainer:
 
     def _agreed(self, level: int) -> int:
         """The highest stop level of any rank, so that all ranks stop at the same step."""
-        flags = torch.zeros(3)
+        flags = torch.zeros(StopRequest.LOST + 1)
         flags[level] = 1
         return max(i for i, count in enumerate(self.world.sum(flags).tolist()) if count)
 

@@ -104,7 +104,7 @@ def test_generate_continues_as_transformers_does(
     new = model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :].tolist()
     kept = new[: new.index(0)] if 0 in new else new
     loaded = load_model(folder)
-    chosen = generate(loaded.decoder, prompt[0].tolist(), 1, 64, loaded.separator, SamplingOptions(tokens=12, temperature=0))
+    chosen = generate(loaded.stages, prompt[0].tolist(), 1, 64, loaded.separator, SamplingOptions(tokens=12, temperature=0))
     assert [token for (token,) in chosen if token is not None and token != 0] == kept
     assert sample["tokens"] == len(new[: new.index(0) + 1] if 0 in new else new)
     tokenizer = Tokenizer.from_file(str(hf[0] / "tokenizer.json"))

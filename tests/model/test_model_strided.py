@@ -143,7 +143,7 @@ def test_the_window_reaches_as_far_back_as_in_the_other_layers() -> None:
 def test_the_cache_grows_by_kept_tokens_alone() -> None:
     decoder = tiny_decoder(tiny_model(**strided(3)), spread=0.1)
     cache = KeyValueCache(decoder.config, 2, 11, decoder.embedding.weight)
-    assert [pair[0].shape[1] for pair in cache.pairs] == [11, 4, 4, 11]
+    assert [pair[0].shape[1] for pair in cache.pairs.values()] == [11, 4, 4, 11]
     tokens = packed_batch([[11], [11]]).tokens
     for start, stop in [(0, 5), *((i, i + 1) for i in range(5, 11))]:
         decoder.decode(tokens[:, start:stop], cache)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from layouts import ADAMW, SGD_LIKE, SPOILED, Result, full_unless, layout_config, problems, saved, train
-from megascale.config.schema import Config
+from layouts import ADAMW, SGD_LIKE, SPOILED, Result, change, full_unless, problems, train
 from ranks import RankPool
-from runs import Run, one_process
 
 MODEL = "model={width: 32, layers: 4, heads: 4, kv_heads: 2, ffn_width: 64}"
 LAYOUTS = {
@@ -134,18 +129,11 @@ def test_it_holds_for_muon_as_far_as_its_bf16_iterations_allow(
 
 @pytest.mark.full
 @pytest.mark.slow
-def test_it_holds_for_compiled_layers(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References) -> None:
-    world, parallel = LAYOUTS["tp2-ep2-dp2"]
+@pytest.mark.parametrize("layout", full_unless(["tp2-ep2-dp2"], ["tp2-ep2-dp2", "pp2-tp2-dp2", "pp2-interleaved"]))
+def test_it_holds_for_compiled_layers(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References, layout: str) -> None:
+    world, parallel = LAYOUTS[layout]
     found = train(ranks, tmp_path, tiny_corpus, world, "compiled", MODEL, *ADAMW, parallel, "compile=on")
     assert problems(found, one(*ADAMW)) == []
-
-
-def load_and_save(rank: int, size: int, settings: dict[str, Any], folder: str) -> int:
-    """Resumes the run and saves what it has into another folder; the step it stands at."""
-    run = Run(Config.model_validate(settings), one_process(rank, size))
-    run.trainer.checkpoints = Path(folder)
-    run.save()
-    return run.trainer.progress.step
 
 
 ALL_LAYOUTS = {**LAYOUTS, "stream2-cp2": (4, "parallel={stream: 2, cp: 2, zero_stage: 0}")}
@@ -163,20 +151,8 @@ CHANGES = [
 def test_a_checkpoint_of_one_layout_is_continued_in_another(
     ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References, first: str, second: str
 ) -> None:
-    whole = one(*ADAMW, steps=5)
-    before = train(
-        ranks, tmp_path, tiny_corpus, ALL_LAYOUTS[first][0], "run", MODEL, *ADAMW, ALL_LAYOUTS[first][1], steps=5, stop_after=2
-    )
-    world, parallel = ALL_LAYOUTS[second]
-    # loaded and saved again, every weight and every moment keeps its bits
-    config = layout_config(tmp_path, tiny_corpus, "run", MODEL, *ADAMW, parallel, "schedule.steps=5")
-    assert set(ranks.run(load_and_save, config.model_dump(), str(tmp_path / "again"), world_size=world)) == {2}
-    old, new = (saved(folder / "step-00000002") for folder in (tmp_path / "runs/run/checkpoints", tmp_path / "again"))
-    assert old.keys() == new.keys()
-    assert {name.split("/")[0] for name in old} == {"model", "adamw.exp_avg", "adamw.exp_avg_sq", "adamw.step"}
-    assert all(torch.equal(tensor, new[name]) for name, tensor in old.items())
-    # and the training goes on as if it had never changed
-    after = train(ranks, tmp_path, tiny_corpus, world, "run", MODEL, *ADAMW, parallel, steps=5)
-    joined = Result(before.curve + after.curve, before.records + after.records, before.start, after.end)
-    assert problems(joined, whole) == []
-    shutil.rmtree(tmp_path / "again")
+    ways = [(world, (MODEL, *ADAMW, parallel)) for world, parallel in (ALL_LAYOUTS[first], ALL_LAYOUTS[second])]
+    joined, other = change(ranks, tmp_path, tiny_corpus, *ways)
+    # loaded and saved again, every weight and every moment keeps its bits, and the training goes on as if it had never changed
+    assert other == []
+    assert problems(joined, one(*ADAMW, steps=5)) == []

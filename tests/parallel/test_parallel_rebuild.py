@@ -71,7 +71,7 @@ def test_rebuilt_states_give_the_same_bits(name: str, dtype: torch.dtype) -> Non
     assert [name for name, gradient in results[0].items() if not torch.equal(results[1][name], gradient)] == []
 
 
-@pytest.mark.parametrize("name", ["static", "token, predicted, wide"])
+@pytest.mark.parametrize("name", ["static", pytest.param("token, predicted, wide", marks=pytest.mark.full)])
 def test_so_do_compiled_layers(name: str) -> None:
     torch._dynamo.reset()
     keep_graph_order()
@@ -95,7 +95,7 @@ def bytes_of(layers: int, blocks: int, mode: str) -> tuple[int, int]:
     return kept, memory.peak
 
 
-@pytest.mark.parametrize("blocks", [4, 8])
+@pytest.mark.parametrize("blocks", [4, pytest.param(8, marks=pytest.mark.full)])
 def test_each_layer_keeps_one_block_instead_of_all(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     block = 512 * 16 * 4  # bytes of one block: tokens, width, fp32
     by_layers = [bytes_of(layers, blocks, "layer")[0] for layers in (8, 16)]

@@ -16,14 +16,22 @@ from hypothesis import strategies as st
 from megascale.cli import main
 from megascale.commands import generate as verb
 from megascale.config.errors import InputError
+from megascale.config.schema import Config
 from megascale.model.decoder import Decoder
+from megascale.parallel.pipeline import Stages
 from megascale.train.load_run import LoadedRun, load_run
 from megascale.train.sampling import SamplingOptions, choose, generate
+from megascale.train.team import whole
+from runs import one_process
 from tiny import tiny_decoder, tiny_model
 
 GREEDY = SamplingOptions(tokens=20, temperature=0)
 PLAIN: dict = {}
 SCALED = {"streams": {"count": 2, "prefix_tokens": 3}, "experts": {"count": 4, "per_token": 2}, "altup": {"blocks": 2}}
+
+
+def stages(decoder: Decoder) -> Stages:
+    return whole(decoder, Config(model=decoder.config), one_process())
 
 
 def recomputed(decoder: Decoder, text: list[int], context: int, tokens: int) -> list[int]:
@@ -50,14 +58,14 @@ def run(tiny_run: Path) -> LoadedRun:
 def test_cached_greedy_decoding_equals_recomputation(model: dict, context: int) -> None:
     decoder = tiny_decoder(tiny_model(**model), spread=0.2)
     prompt = [5, 17, 3, 60, 2]
-    cached = [step[0] for step in generate(decoder, prompt, 1, context, None, GREEDY)]
+    cached = [step[0] for step in generate(stages(decoder), prompt, 1, context, None, GREEDY)]
     assert cached == recomputed(decoder, prompt, context, GREEDY.tokens)
     assert len(set(cached)) > 2, "a constant continuation would prove little"
 
 
 def test_a_trained_run_decodes_as_it_computes(run: LoadedRun) -> None:
     prompt = run.encode("def alpha(")
-    cached = [step[0] for step in generate(run.decoder, prompt, 1, 32, None, SamplingOptions(tokens=8, temperature=0))]
+    cached = [step[0] for step in generate(run.stages, prompt, 1, 32, None, SamplingOptions(tokens=8, temperature=0))]
     assert cached == recomputed(run.decoder, prompt, 32, 8)
 
 
@@ -66,7 +74,7 @@ def test_a_sample_depends_on_seed_and_number_only() -> None:
     warm = SamplingOptions(tokens=12, temperature=1.5, seed=3)
 
     def draw(samples: int, options: SamplingOptions) -> list[tuple[int | None, ...]]:
-        return list(zip(*generate(decoder, [1, 2, 3], samples, 64, None, options), strict=True))
+        return list(zip(*generate(stages(decoder), [1, 2, 3], samples, 64, None, options), strict=True))
 
     three = draw(3, warm)
     assert draw(3, warm) == three
@@ -78,9 +86,9 @@ def test_a_sample_depends_on_seed_and_number_only() -> None:
 def test_a_sample_ends_at_the_separator_and_the_others_go_on() -> None:
     decoder = tiny_decoder(tiny_model(), spread=0.2)
     options = SamplingOptions(tokens=20, temperature=3.0)
-    free = list(zip(*generate(decoder, [1], 3, 64, None, options), strict=True))
+    free = list(zip(*generate(stages(decoder), [1], 3, 64, None, options), strict=True))
     stop = free[0][4]
-    stopped = list(zip(*generate(decoder, [1], 3, 64, stop, options), strict=True))
+    stopped = list(zip(*generate(stages(decoder), [1], 3, 64, stop, options), strict=True))
     for without, with_stop in zip(free, stopped, strict=True):
         end = without.index(stop) if stop in without else len(without)
         assert with_stop[:end] == without[: len(with_stop)][:end]
