@@ -28,7 +28,7 @@ from layouts import ADAMW, CUT_ALL, Result, change, problems, train  # noqa: E40
 from megascale.config.checks import check  # noqa: E402
 from megascale.config.errors import InputError  # noqa: E402
 from megascale.config.load import load_config  # noqa: E402
-from ranks import RankPool  # noqa: E402
+from ranks import RankError, RankPool  # noqa: E402
 from runs import write_config  # noqa: E402
 
 PAGE, PAGE_OF_CHANGES = ROOT / "docs/layout_matrix.md", ROOT / "docs/layout_changes.md"
@@ -236,7 +236,10 @@ def main() -> None:
         if given.pairs is not None:
             jobs = [partial(bench.change, first, second) for first, second in pairs(layouts, given.pairs)]
         for number, job in enumerate(jobs[: given.only], 1):
-            row, kept = job(number)
+            try:
+                row, kept = job(number)
+            except RankError as error:  # the others are worth knowing
+                row, kept = f"| {number}: {str(error).splitlines()[-1]} |", False
             rows.append(row)
             right += kept
             print(f"{number} of {len(jobs)}: {row}", flush=True)

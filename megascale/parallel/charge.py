@@ -8,19 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_account: ContextVar[str | None] = ContextVar("account", default=None)
+_account: ContextVar[tuple[str | None, bool]] = ContextVar("account", default=(None, False))
 
 
 @contextmanager
-def charged_to(axis: str) -> Iterator[None]:
-    """Collectives issued inside, by this thread, belong to `axis`. Not for code that is compiled: it would break the graph."""
-    before = _account.set(axis)
+def charged_to(axis: str, hidden: bool = False) -> Iterator[None]:
+    """Collectives issued inside, by this thread, belong to `axis`; `hidden`: a backward pass goes on meanwhile. Not for code that is
+    compiled: it would break the graph.
+    """
+    before = _account.set((axis, hidden))
     try:
         yield
     finally:
         _account.reset(before)
 
 
-def account() -> str | None:
-    """The axis that collectives belong to now; none: their process group tells."""
+def account() -> tuple[str | None, bool]:
+    """The axis that collectives belong to now (none: their process group tells), and whether something goes on that hides them."""
     return _account.get()

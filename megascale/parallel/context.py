@@ -107,7 +107,7 @@ class Ulysses:
         of_these_heads = (None if x is None else x.unflatten(1, (ranks, -1))[:, rank] for x in prefixes)
         out = attention(q, k, v, packing.borders, packing.longest, window, *of_these_heads)
         back = swap_rows(out.unflatten(1, (streams, -1)).unflatten(0, (ranks, -1)), group)
-        return back.permute(1, 2, 0, 3, 4).flatten(1, 3)
+        return back.permute(1, 2, 0, 3, 4).flatten(1, 3).contiguous()  # with one head a rank flattening alone does not copy
 
 
 def share_context(module: nn.Module, mode: str, mesh: Mesh) -> None:

@@ -54,6 +54,8 @@ class Entry:
     calls: int
     volume: int
     """bytes of the tensors: results of all-gathers, inputs of the others"""
+    hidden: int = 0
+    """those of them that travel while a backward pass goes on"""
 
     @property
     def sent(self) -> Fraction:
@@ -63,6 +65,11 @@ class Entry:
             if self.kind == SEND
             else Fraction(PASSES[self.kind] * self.volume * (self.ranks - 1), self.ranks)
         )
+
+    @property
+    def exposed(self) -> Fraction:
+        """Of the bytes that leave this rank those behind which no backward pass goes on: the step waits for them."""
+        return self.sent * Fraction(self.volume - self.hidden, self.volume) if self.volume else Fraction()
 
 
 @dataclass(frozen=True)
@@ -141,10 +148,12 @@ class Ledger(TorchDispatchMode):
 
     def note(self, kind: str, ranks: Ranks, volume: int, axis: str | None = None, calls: int = 1) -> None:
         """Add collectives, also such that are only computed: `volume` as in `Entry`, all calls together."""
-        axis = axis or account() or self._axis(kind, ranks)
-        found = self.found.setdefault((axis, kind, len(ranks)), [0, 0])
+        charged, hidden = account()
+        axis = axis or charged or self._axis(kind, ranks)
+        found = self.found.setdefault((axis, kind, len(ranks)), [0, 0, 0])
         found[0] += calls
         found[1] += volume
+        found[2] += volume * hidden
 
     def entries(self) -> list[Entry]:
         """What was noted so far, by axis, kind and number of ranks."""

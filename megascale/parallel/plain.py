@@ -80,11 +80,11 @@ class PlainEngine:
         bucket = self.buckets[index]
         bucket.waiting -= 1
         if bucket.waiting == 0:
-            self._reduce(bucket)
+            self._reduce(bucket, hidden=any(other.waiting for other in self.buckets))
 
-    def _reduce(self, bucket: _Bucket) -> None:
+    def _reduce(self, bucket: _Bucket, hidden: bool = False) -> None:
         if len(bucket.holders) > 1:
-            with charged_to("dp"):
+            with charged_to("dp", hidden):
                 bucket.work = dist.all_reduce(bucket.flat, group=self.mesh.group(bucket.holders), async_op=True)
 
     def _add_optimizer(self, kind: str, groups: Sequence[OptimizerGroup], config: OptimizerConfig) -> None:

@@ -40,7 +40,7 @@ def _rank_json(report: RankReport) -> dict[str, Any]:
         "stages": [{"stage": stage, "layers": layers} for stage, layers in report.layers.items()],
         "parameters": report.parameters,
         "memory": {**vars(memory), "total": memory.total},
-        "sent": [{**vars(entry), "sent": float(entry.sent)} for entry in report.sent],
+        "sent": [{**vars(entry), "sent": float(entry.sent), "exposed": float(entry.exposed)} for entry in report.sent],
     }
 
 
@@ -124,5 +124,10 @@ def _traffic_table(ranks: list[RankReport]) -> Table:
         calls = {entry.calls for entry in by_rank.values()}
         numbers = [by_rank.get(report.rank) for report in ranks]
         row = (axis, kind, str(size), f"{min(calls):,}" if len(calls) == 1 else f"{min(calls):,}-{max(calls):,}")
-        table.add_row(*row, *("" if entry is None else f"{float(entry.sent) / 2**20:,.3f}" for entry in numbers))
+        table.add_row(*row, *("" if entry is None else _mebibytes(entry) for entry in numbers))
     return table
+
+
+def _mebibytes(entry: Entry) -> str:
+    exposed = f" ({float(entry.exposed) / 2**20:,.3f} exposed)" if entry.hidden else ""
+    return f"{float(entry.sent) / 2**20:,.3f}{exposed}"

@@ -75,6 +75,7 @@ CASES = {
     "stream2, prefix network, tied": (2, "{stream: 2}", ("model.streams.reparameterise=8", "model.tie_embeddings=true")),
     # both
     "stream2-cp2-tp2": (8, "{stream: 2, cp: 2, tp: 2}", (VALIDATION,)),
+    "stream2-cp2-ulysses-tp2, one head a rank": (8, "{stream: 2, cp: 2, tp: 2}", (ULYSSES, "model.kv_heads=4")),
     "stream2-cp2-ulysses-pp2": (8, "{stream: 2, cp: 2, pp: 2}", (ULYSSES,)),
     **{f"stream2-cp2, {router}": (4, "{stream: 2, cp: 2}", (f"model.experts.router={router}",)) for router in ("s_base", "rl_r")},
     "stream2-cp2, compiled": (4, "{stream: 2, cp: 2}", (COMPILED,)),
@@ -84,6 +85,7 @@ CASES = {
 QUICK = (
     "cp2, validation, biases",
     "cp2-ulysses, window, capacity",
+    "stream2-cp2-ulysses-tp2, one head a rank",
     "cp4",
     "stream4",
     "stream2 of 4, recomputed streams",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch.distributed as dist
 
 from ledgers import ledger_of_a_step
 from megascale.config.schema import Model, Parallel
+from megascale.parallel import plain
 from megascale.parallel.charge import charged_to
 from megascale.parallel.ledger import Entry, Ledger
 from megascale.parallel.mesh import STAGE, open_mesh
@@ -112,3 +115,23 @@ def test_context_and_stream_ranks_send_what_the_formulas_say(ranks: RankPool, tm
         assert sent["stream", "all-reduce"] == micro_batches * 2 * 2 * half * state
         assert sent["stream", "reduce-scatter"] == micro_batches * 2 * half * state
         assert sent["stream", "all-gather"] == micro_batches * half * state
+
+
+def gradients_of_a_step(rank: int, size: int, settings: dict[str, Any], bucket: int) -> tuple[Fraction, Fraction]:
+    """Bytes of gradients that leave a rank, and those of them that are exposed."""
+    with mock.patch.object(plain, "BUCKET", bucket):
+        (entry,) = [entry for entry in ledger_of_a_step(rank, size, settings) if entry.axis == "dp"]
+    return entry.sent, entry.exposed
+
+
+@pytest.mark.parametrize(("world", "pp"), [(2, 1), (4, 2)])
+def test_gradients_are_exposed_unless_a_backward_pass_goes_on(
+    ranks: RankPool, tmp_path: Path, tiny_corpus: Path, world: int, pp: int
+) -> None:
+    layout = f"parallel={{zero_stage: 0, pp: {pp}}}"
+    settings = tiny_config(tmp_path, tiny_corpus, "batch={sequences: 8, micro_batches: 2}", layout).model_dump()
+    for sent, exposed in ranks.run(gradients_of_a_step, settings, 2**23, world_size=world):
+        assert exposed == sent > 0  # one bucket, complete when the last backward pass ends
+    for sent, exposed in ranks.run(gradients_of_a_step, settings, 1, world_size=world):
+        # a bucket for each parameter; the embedding's gradient comes last. Stages end at different times: none is hidden
+        assert exposed == (sent if pp > 1 else 300 * 32 * 4)
