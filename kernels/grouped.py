@@ -53,8 +53,10 @@ def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def grouped_linear_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """`grouped_linear` as a loop over experts."""
-    return torch.cat([F.linear(x[start:stop], weight[e]) for e, (start, stop) in enumerate(_edges(ends))])
+    """`grouped_linear` as a loop over experts; zeros in rows from the last end on."""
+    edges = _edges(ends)
+    behind = x.new_zeros(x.shape[0] - edges[-1][1], weight.shape[1])
+    return torch.cat([*(F.linear(x[start:stop], weight[e]) for e, (start, stop) in enumerate(edges)), behind])
 
 
 @torch.library.custom_op("megascale::grouped_linear", mutates_args=())
@@ -117,7 +119,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """y[m] = weight[e] x[m] for the rows m of expert e.
 
     Args:
-        x: [M, i], rows sorted by expert; rows from the last end on are not read.
+        x: [M, i], rows sorted by expert; rows from the last end on are not read, and may be anything in the result and in the gradient.
         weight: [E, o, i], same dtype.
         ends: int32 [E], the row after the last one of each expert.
 

@@ -14,7 +14,7 @@ from megascale.config.load import LoadedConfig
 from megascale.config.origin import REMEDY, Problem, raise_problems
 from megascale.config.resolve import resolve, uneven_heads
 from megascale.config.schema import Config, Phase, Schedule
-from megascale.config.size import size_problems
+from megascale.config.size import expert_row_unit, size_problems
 
 
 def check(loaded: LoadedConfig, world: int | None = None) -> list[str]:
@@ -123,7 +123,7 @@ def _experts(config: Config) -> Iterator[Problem]:
     elif experts.router == "rl_r" and experts.per_token == experts.count:
         reason = f"rl_r sends each token to {experts.per_token} of {experts.count} experts: there is nothing to choose"
         yield Problem((*path, "per_token"), f"{reason}; at most {experts.count - 1}", ((*path, "count"), (*path, "router")))
-    unit = 8 if config.precision == "bf16" else 4
+    unit = expert_row_unit(config)
     width_path = (*path, "width") if experts.width else ("model", "ffn_width")
     for width, here in ((config.model.width, ("model", "width")), (experts.width or config.model.ffn_width, width_path)):
         if width and width % unit:

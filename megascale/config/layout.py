@@ -23,6 +23,11 @@ def other_ranks(parallel: Parallel) -> int:
     return parallel.pp * parallel.stream * parallel.cp * parallel.tp
 
 
+def expert_ranks(parallel: Parallel, dp: int) -> int:
+    """ep x edp: the ranks of a pipeline stage over which whole experts may be spread, or, with etp = tp, the same parts of them."""
+    return dp * parallel.stream * parallel.cp * (1 if parallel.etp > 1 else parallel.tp)
+
+
 def zero_stage_of(config: Config, world: int) -> int:
     """The ZeRO stage of a run on `world` ranks: as set, or 1 with several data-parallel ranks, else 0 (no DeepSpeed)."""
     parallel = config.parallel

@@ -10,6 +10,7 @@ from megascale.config.layout import (
     WORLD_AXES,
     batch_fits,
     data_parallel_ranks,
+    expert_ranks,
     other_ranks,
     pipeline_bubble,
     stages_per_rank,
@@ -22,9 +23,12 @@ from megascale.config.obstacles import (
     schedule_fits,
     stream_obstacles,
     tensor_obstacles,
+    width_obstacles,
 )
 from megascale.config.origin import Problem
+from megascale.config.resolve import feed_forward_width
 from megascale.config.schema import Config, Parallel
+from megascale.config.size import expert_row_unit
 
 MOST_BUBBLE = 0.5
 MOST_LAYOUTS_SHOWN = 3
@@ -39,6 +43,7 @@ def layout_problems(config: Config, world: int | None) -> Iterator[Problem]:
     yield from _pipeline_problems(config, world)
     wrong_world = list(_world_problems(parallel, world))
     ranks = None if wrong_world else data_parallel_ranks(parallel, world)
+    yield from _expert_width_problems(config)
     yield from _expert_problems(config, ranks)
     yield from wrong_world
     yield from _batch_problems(config, ranks)
@@ -121,12 +126,32 @@ def _other_micro_batches(config: Config, ranks: int) -> str:
     return f"; or batch.micro_batches {' or '.join(map(str, near))}" if near else ""
 
 
+def _expert_width_problems(config: Config) -> Iterator[Problem]:
+    parallel, experts = config.parallel, config.model.experts
+    if parallel.etp == 1:
+        return
+    if parallel.etp != parallel.tp:
+        fits = sorted({1, parallel.tp} if not width_obstacles(config, parallel.tp) else {1})
+        reason = f"etp {parallel.etp} is neither 1 nor tp {parallel.tp}; {_works('etp', fits)}"
+        yield Problem(("parallel", "etp"), reason, (("parallel", "tp"),))
+        return
+    reasons = width_obstacles(config, parallel.etp)
+    if reasons:
+        near = _works("etp", [1])
+        if experts.count > 1:
+            width = experts.width or feed_forward_width(config.model)
+            near += f"; or model.experts.width {_multiples(width, parallel.etp * expert_row_unit(config))}"
+        yield Problem(
+            ("parallel", "etp"), f"etp {parallel.etp} {' and '.join(reasons)}; {near}", (("model", "experts", "width"),)
+        )
+
+
 def _expert_problems(config: Config, data_ranks: int | None) -> Iterator[Problem]:
     parallel = config.parallel
-    stage_ranks = data_ranks and data_ranks * parallel.stream * parallel.cp * parallel.tp
-    reasons = expert_obstacles(config, parallel.ep, stage_ranks)
+    taken = data_ranks and expert_ranks(parallel, data_ranks)
+    reasons = expert_obstacles(config, parallel.ep, taken)
     if reasons:
-        near = nearest(parallel.ep, lambda ranks: not expert_obstacles(config, ranks, stage_ranks), config.model.experts.count)
+        near = nearest(parallel.ep, lambda ranks: not expert_obstacles(config, ranks, taken), config.model.experts.count)
         others: tuple[KeyPath, ...] = (("model", "experts", "count"), ("parallel", "dp"))
         yield Problem(("parallel", "ep"), f"ep {parallel.ep} {' and '.join(reasons)}; {_works('ep', near)}", others)
 
@@ -165,8 +190,12 @@ def _uneven(path: KeyPath, sequences: int, micro: int, ranks: int | None, others
 
 
 def _nearest_multiple(number: int, unit: int) -> str:
+    return f"the nearest that works is {_multiples(number, unit)}"
+
+
+def _multiples(number: int, unit: int) -> str:
     below = number // unit * unit
-    return f"the nearest that works is {f'{below} or ' if below else ''}{below + unit}"
+    return f"{f'{below} or ' if below else ''}{below + unit}"
 
 
 def _works(axis: str, numbers: list[int]) -> str:

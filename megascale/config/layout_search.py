@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megascale.config.layout import batch_fits
-from megascale.config.obstacles import context_obstacles, expert_obstacles, pipeline_obstacles, stream_obstacles, tensor_obstacles
+from megascale.config.obstacles import (
+    context_obstacles,
+    expert_obstacles,
+    pipeline_obstacles,
+    stream_obstacles,
+    tensor_obstacles,
+    width_obstacles,
+)
 from megascale.config.schema import Config
 
 MOST_TRIED = 2**17
@@ -24,10 +31,11 @@ class Layout:
     ep: int
     stream: int = 1
     cp: int = 1
+    etp: int = 1
 
     def __str__(self) -> str:
         more = "".join(f" x {axis} {getattr(self, axis)}" for axis in ("stream", "cp") if getattr(self, axis) > 1)
-        experts = f", ep {self.ep}" if self.ep > 1 else ""
+        experts = "".join(f", {axis} {getattr(self, axis)}" for axis in ("ep", "etp") if getattr(self, axis) > 1)
         return f"pp {self.pp} x dp {self.dp}{more} x tp {self.tp}{experts}"
 
 
@@ -41,7 +49,7 @@ def nearest(wanted: int, works: Callable[[int], bool], most: int) -> list[int]:
 
 def layouts(config: Config, world: int) -> list[Layout]:
     """All layouts of a world that work with the other settings, nearest to the wanted axes first. Stream- and context-parallel ranks stay
-    as they are set, where they can.
+    as they are set, where they can, and where etp is set it is tp.
 
     Distance is the sum over the axes of |log2(ranks / wanted ranks)|; dp counts where it was set.
     """
@@ -58,13 +66,14 @@ def nearest_worlds(config: Config, world: int) -> list[int]:
 
 def _layouts(config: Config, world: int) -> Iterator[Layout]:
     pipelined = config.parallel.schedule != "1f1b"  # has no effect without a pipeline
+    splits_width = config.parallel.etp > 1
     stream, cp = config.parallel.stream, config.parallel.cp
     others = stream * cp
     if world % others or stream_obstacles(config, stream) or context_obstacles(config, cp):
         return
     world //= others
     for tp in _divisors(world):
-        if tensor_obstacles(config, tp):
+        if tensor_obstacles(config, tp) or (splits_width and width_obstacles(config, tp)):
             continue
         for pp in _divisors(world // tp):
             dp = world // tp // pp
@@ -74,10 +83,10 @@ def _layouts(config: Config, world: int) -> Iterator[Layout]:
                 or not batch_fits(config.batch, config.batch.micro_batches, dp)
             ):
                 continue
-            stage = dp * tp * others
-            for ep in _divisors(math.gcd(config.model.experts.count, stage)):
-                if not expert_obstacles(config, ep, stage):
-                    yield Layout(pp, dp, tp, ep, stream, cp)
+            ranks = dp * others * (1 if splits_width else tp)
+            for ep in _divisors(math.gcd(config.model.experts.count, ranks)):
+                if not expert_obstacles(config, ep, ranks):
+                    yield Layout(pp, dp, tp, ep, stream, cp, tp if splits_width else 1)
 
 
 def _distance(config: Config, layout: Layout) -> tuple[float, int, int, int]:

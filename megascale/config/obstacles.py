@@ -5,7 +5,7 @@ from __future__ import annotations
 from megascale.config.layout import V_SHAPED, stages_per_rank
 from megascale.config.resolve import feed_forward_width
 from megascale.config.schema import Config, Parallel
-from megascale.config.size import routed_layers
+from megascale.config.size import expert_row_unit, routed_layers
 
 LEAST = {"1f1b": 1, "dualpipev": 2}
 """Micro-batches per pipeline rank that a schedule needs."""
@@ -114,13 +114,27 @@ def _unfit(parallel: Parallel, pp: int, micro_batches: int) -> str:
     return f"interleaves in {rounds} rounds (micro_batches // pp), which do not divide batch.micro_batches {micro_batches}"
 
 
-def expert_obstacles(config: Config, ep: int, stage_ranks: int | None) -> list[str]:
+def width_obstacles(config: Config, tp: int) -> list[str]:
+    """Reasons against an etp of as many ranks as tp: an expert's width must be shared evenly."""
+    experts = config.model.experts
+    if tp == 1:
+        return []
+    if experts.count == 1:
+        return ["has no experts to split (model.experts.count is 1)"]
+    width, name = (experts.width, "experts.width") if experts.width else (feed_forward_width(config.model), "ffn_width")
+    unit = expert_row_unit(config)
+    if width % (tp * unit) == 0:
+        return []
+    return [f"does not cut model.{name} {width} into multiples of {unit}, 16 bytes of {config.precision}"]
+
+
+def expert_obstacles(config: Config, ep: int, ranks: int | None) -> list[str]:
     """Reasons against ep expert-parallel ranks: experts, and the ranks of a stage, must be shared evenly.
 
     Args:
         config: the tree.
         ep: expert-parallel ranks.
-        stage_ranks: dp x stream x cp x tp; none = not known.
+        ranks: those that ep may take (`layout.expert_ranks`); none = not known.
     """
     if ep == 1:
         return []
@@ -130,8 +144,11 @@ def expert_obstacles(config: Config, ep: int, stage_ranks: int | None) -> list[s
         reasons.append("has no experts to spread (model.experts.count is 1)")
     elif count % ep:
         reasons.append(f"does not divide model.experts.count {count}")
-    if stage_ranks is not None and stage_ranks % ep:
-        reasons.append(f"does not divide the {stage_ranks} ranks of a pipeline stage (dp x stream x cp x tp)")
+    if ranks is not None and ranks % ep:
+        which = "ranks of a pipeline stage (dp x stream x cp x tp)"
+        if config.parallel.etp > 1:
+            which = "ranks of a pipeline stage with the same part of an expert (dp x stream x cp)"
+        reasons.append(f"does not divide the {ranks} {which}")
     if config.parallel.zero_stage == 3:
         reasons.append("is not possible with parallel.zero_stage 3")
     return reasons

@@ -97,7 +97,8 @@ class Experts(Node):
     )
     scope: Literal["global", "rank"] = field(
         "global",
-        "tokens over which balance, Sinkhorn columns and capacity are counted: the global micro-batch of a stream, or one rank's part",
+        "tokens over which balance, Sinkhorn columns and capacity are counted: the global micro-batch of a stream, or one rank's part "
+        "(with a capacity, expert-parallel ranks then exchange rows without counting them)",
     )
 
 
@@ -240,7 +241,7 @@ class Schedule(Node):
 
 
 class Parallel(Node):
-    """Layout: world = pp x dp x stream x cp x tp. Experts are spread over ep of those ranks."""
+    """Layout: world = pp x dp x stream x cp x tp. Experts are spread over ep x etp of those ranks, within a pipeline stage."""
 
     dp: int | None = field(None, "data-parallel ranks; none = world / the other axes", gt=0)
     pp: int = field(1, "pipeline stages", gt=0)
@@ -253,6 +254,11 @@ class Parallel(Node):
         "chunks; ulysses: all tokens of some heads, by all-to-all",
     )
     ep: int = field(1, "expert-parallel ranks: each holds count / ep of the experts", gt=0)
+    etp: int = field(
+        1,
+        "ranks that share each expert's width: 1 (whole experts; ep takes the tensor-parallel ranks too) or tp (as the dense matrices)",
+        gt=0,
+    )
     schedule: Literal["1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"] = field(
         "1f1b",
         "order of a pipeline's micro-batches: 1f1b; interleaved (several stages a rank, a smaller bubble); zero_bubble (one or several "

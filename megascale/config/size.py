@@ -22,6 +22,11 @@ def size_problems(config: Config) -> Iterator[Problem]:
     yield from _too_long(config)
 
 
+def expert_row_unit(config: Config) -> int:
+    """Numbers in 16 bytes: what the rows of an expert's matrices must be multiples of for torch's grouped products."""
+    return 8 if config.precision == "bf16" else 4
+
+
 def routed_layers(model: Model) -> range:
     """The layers, from 0, whose feed-forward has experts."""
     experts = model.experts

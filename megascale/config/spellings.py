@@ -69,6 +69,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "parallel.pp": ("pipeline_model_parallel_size", "pipeline_parallel_degree", "pipeline_parallel_size", "pp_size"),
     "parallel.cp": ("context_parallel_size", "context_parallel_degree", "cp_size"),
     "parallel.ep": ("expert_model_parallel_size", "expert_parallel_degree", "expert_parallel_size", "ep_size"),
+    "parallel.etp": ("expert_tensor_parallel_size", "expert_tensor_parallel_degree", "etp_size"),
     "parallel.zero_stage": ("zero_optimization.stage", "zero_optimization"),
     "parallel.schedule": ("pipeline_parallel_schedule", "pp_engine", "pipeline_schedule"),
     "parallel.virtual_stages": ("virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),

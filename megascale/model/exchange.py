@@ -23,11 +23,12 @@ OrderedExchange = Callable[[Tensor], tuple[Tensor, Tensor]]
 class Split:
     """How a parameter may be shared by the ranks of an axis: by whole units along one dimension.
 
-    A module declares its splits in an attribute `splits`, by the parameter's name inside the module. All ranks hold those without one.
+    A module declares its splits in an attribute `splits`, by the parameter's name inside the module: one, or several along different
+    dimensions. All ranks hold those without one.
     """
 
     dim: int
-    axis: Literal["tp", "ep"]
+    axis: Literal["tp", "ep", "etp"]
     units: int
     """heads, experts, rows of the vocabulary: what must stay together"""
 
@@ -50,15 +51,23 @@ def only_rank(counts: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(counts), counts
 
 
-def keep_rows(copies: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, None]:
-    """dispatch on one device: rows [N, d] sorted by expert and their numbers [E] -> rows for the experts here, sorted by expert, their
-    numbers, and what `combine` needs to undo it.
+def keep_rows(copies: Tensor, counts: Tensor, _most: int | None) -> tuple[Tensor, Tensor]:
+    """dispatch on one device: rows [N, d] sorted by expert, their numbers [E], and the most that any of these can be, where that is less
+    than what the tokens here could make it. Rows behind the last expert's are for none. Starts what `receive` ends, so that the caller may
+    compute something else meanwhile.
     """
-    return copies, counts, None
+    return copies, counts
+
+
+def are_here(parcel: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, None]:
+    """receive on one device: what `dispatch` returned -> rows for the experts here, sorted by expert, their numbers, and what `combine`
+    needs to undo it. Rows behind the last expert's are for none.
+    """
+    return *parcel, None
 
 
 def take_back(outputs: Tensor, _way: object) -> Tensor:
-    """combine on one device: the experts' outputs in the order of `dispatch`'s input."""
+    """combine on one device: the experts' outputs in the order of `dispatch`'s input; anything for rows that are for no expert."""
     return outputs
 
 

@@ -1,6 +1,6 @@
 """Routed experts: dispatch by sorting, capacity, grouped GEMM.
 
-T tokens, P streams, N = T*P rows, d width, E experts, k per token, M copies of rows that some expert computes.
+T tokens, P streams, N = T*P rows, d width, E experts, k per token, M copies of rows.
 """
 
 from __future__ import annotations
@@ -15,10 +15,19 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.kernels.grouped import grouped_linear
-from megascale.model.exchange import OrderedExchange, Split, keep_rows, only_rank, take_back
+from megascale.model.exchange import OrderedExchange, Split, are_here, keep_rows, only_rank, take_back
 from megascale.model.layers import SwiGLU
 from megascale.model.origin import Origin
 from megascale.model.routers import ROUTERS
+
+
+def most_is_known(model: Model) -> bool:
+    """Whether all ranks know without asking how many copies of a rank's tokens an expert may take at most: a capacity is given by each
+    rank's tokens alone, and all have equally many (of Sequence-AltUp's kept ones they have not). A capacity over the tokens of all ranks
+    may be filled by those of one.
+    """
+    experts = model.experts
+    return experts.capacity_factor is not None and experts.scope == "rank" and model.altup.form != "sequence"
 
 
 class Experts(nn.Module):
@@ -35,12 +44,15 @@ class Experts(nn.Module):
         assert experts.width is not None
         self.router = ROUTERS[experts.router](model)
         self.capacity_factor, self.count = experts.capacity_factor, experts.count
+        self.most_is_known = most_is_known(model)
         self.gate = nn.Parameter(torch.empty(experts.count, experts.width, model.width))
         self.up = nn.Parameter(torch.empty(experts.count, experts.width, model.width))
         self.down = nn.Parameter(torch.empty(experts.count, model.width, experts.width))
         self.shared = SwiGLU(model.width, experts.shared * experts.width) if experts.shared else None
-        self.splits = {name: Split(0, "ep", experts.count) for name in ("gate", "up", "down")}
-        self.dispatch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Any]] = keep_rows
+        by_expert, width = Split(0, "ep", experts.count), experts.width
+        self.splits = {name: (by_expert, Split(dim, "etp", width)) for name, dim in (("gate", 1), ("up", 1), ("down", 2))}
+        self.dispatch: Callable[[Tensor, Tensor, int | None], Any] = keep_rows
+        self.receive: Callable[[Any], tuple[Tensor, Tensor, Any]] = are_here
         self.combine: Callable[[Tensor, Any], Tensor] = take_back
         self.population_order: OrderedExchange = only_rank
         # a pipeline may make it keep for later what the weight's gradient is made of
@@ -57,19 +69,22 @@ class Experts(nn.Module):
         order = experts.flatten().argsort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device)).view(-1, k)
         counts = F.one_hot(experts.flatten(), self.count + 1).sum(0)[: self.count]
-        if limited:
-            kept = self._kept(counts, order.numel())
-            order, place = order[:kept], place.clamp(max=kept)
-        copies, counts, way = self.dispatch(take_rows(rows, order // k, place, some_nowhere=limited), counts)
+        if limited:  # how many are kept only the device knows: dropped copies stay, unread, and read zeros behind the last row
+            place = torch.where(within, place, order.numel())
+        most = self.most_kept(x.shape[0], x.shape[1], k) if limited and self.most_is_known else None
+        parcel = self.dispatch(take_rows(rows, order // k, place, some_nowhere=limited), counts, most)
+        shared = None if self.shared is None else self.shared(rows)  # while the copies travel
+        copies, counts, way = self.receive(parcel)
+        del parcel
         ends = counts.cumsum(0).to(torch.int32)
         hidden = F.silu(self.multiply(copies, self.gate, ends)) * self.multiply(copies, self.up, ends)
         outputs = self.combine(self.multiply(hidden, self.down, ends), way)
-        if limited:  # dropped copies find zeros behind the last row
+        if limited:
             outputs, order = torch.cat([outputs, outputs.new_zeros(1, rows.shape[1])]), torch.cat([order, order.new_zeros(1)])
         picked = take_rows(outputs, place.flatten(), order[:, None]).view(-1, k, rows.shape[1])
         result = (picked * gates[..., None].to(picked.dtype)).sum(1)
-        if self.shared is not None:
-            result = result + self.shared(rows)
+        if shared is not None:
+            result = result + shared
         return result.view(x.shape), report
 
     def within_capacity(self, experts: Tensor, streams: int) -> Tensor:
@@ -93,10 +108,10 @@ class Experts(nn.Module):
         within = position.view(k, streams, tokens) < capacity[:, None]
         return within.permute(2, 1, 0).reshape(-1, k)
 
-    def _kept(self, counts: Tensor, copies: int) -> int:
-        """How many copies are computed; a host synchronisation. Meta tensors, which have no values (dry runs), count as even loads."""
+    def most_kept(self, tokens: int, streams: int, per_token: int) -> int:
+        """The most copies of the tokens here that one expert may take."""
         assert self.capacity_factor is not None
-        return min(copies, math.ceil(copies * self.capacity_factor)) if counts.is_meta else int(counts.sum())
+        return streams * min(math.ceil(tokens * per_token * self.capacity_factor / self.count), tokens)
 
 
 class _TakeRows(torch.autograd.Function):

@@ -9,11 +9,10 @@ from megascale.model.attention import Attention
 from megascale.model.decoder import Decoder
 from megascale.model.layers import SwiGLU
 from megascale.model.routers import Router
-from megascale.model.routing import Experts
+from megascale.model.routing import Experts, most_is_known
 from megascale.model.streams import Aggregator, StreamLinear
 from megascale.model.vocabulary import Embedding, Head
 from megascale.parallel.collectives import (
-    ExpertExchange,
     gather,
     gather_rows,
     in_rank_order,
@@ -25,6 +24,7 @@ from megascale.parallel.collectives import (
     total,
 )
 from megascale.parallel.context import share_context
+from megascale.parallel.expert_exchange import ExpertExchange
 from megascale.parallel.mesh import POPULATION, Mesh
 
 
@@ -40,6 +40,7 @@ def apply(decoder: nn.Module, model: Model, mesh: Mesh, context: str = "all_gath
             _split_over_stream_ranks(module, model.streams.count, mesh)
     population = mesh.along(*POPULATION)
     several = len(population) > 1 and model.experts.scope == "global"
+    exchange = _expert_exchange(model, mesh)
     for module in decoder.modules():
         if isinstance(module, Router) and several:
             module.population_sum = total(mesh.group(population))
@@ -47,9 +48,29 @@ def apply(decoder: nn.Module, model: Model, mesh: Mesh, context: str = "all_gath
             # these ranks count dp slowest and tp fastest, and so do the tokens of a micro-batch (not those of zig-zag chunks, which have
             # no capacity: see `megascale.config.obstacles`)
             module.population_order = in_rank_order(mesh.group(population))
-        if isinstance(module, Experts) and mesh.size("ep") > 1:
-            exchange = ExpertExchange(mesh.group(mesh.layout.expert_peers(mesh.world.rank)))
-            module.dispatch, module.combine = exchange.dispatch, exchange.combine
+        if isinstance(module, Experts) and exchange is not None:
+            module.dispatch, module.receive, module.combine = exchange.dispatch, exchange.receive, exchange.combine
+
+
+def _expert_exchange(model: Model, mesh: Mesh) -> ExpertExchange | None:
+    """None where every rank holds all experts whole."""
+    if mesh.size("ep") == mesh.size("etp") == 1:
+        return None
+    ep = mesh.group(mesh.layout.expert_peers(mesh.world.rank)) if mesh.size("ep") > 1 else None
+    etp = mesh.group(mesh.along("tp")) if mesh.size("etp") > 1 else None
+    return ExpertExchange(ep, etp, model.experts.capacity_factor)
+
+
+def describe_dispatch(model: Model, mesh: Mesh) -> str:
+    """How copies of tokens come to their experts, for the log."""
+    ep, etp, backend = mesh.size("ep"), mesh.size("etp"), mesh.world.device.backend
+    over_tensor_ranks = f"gathered over etp {etp} ({backend})"
+    if ep > 1:
+        counts = "one exchange of counts and one host synchronisation a layer"
+        if most_is_known(model):
+            counts = "as many rows as the capacity lets pass, no host synchronisation (in evaluation one a layer)"
+        return f"all-to-all over ep {ep} ({backend}), {counts}{f', then {over_tensor_ranks}' if etp > 1 else ''}"
+    return f"sorted, {over_tensor_ranks if etp > 1 else 'no exchange'}, no host synchronisation"
 
 
 def _split_over_tensor_ranks(module: nn.Module, mesh: Mesh) -> None:

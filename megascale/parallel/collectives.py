@@ -3,13 +3,12 @@
 Each is an opaque op that has ended when it returns. torch's functional collectives gave wrong gradients in compiled layers with tensor
 parallelism (torch 2.13, gloo; forward and eager were right): tests/parallel has the case.
 
-T tokens, N rows, E experts, R ranks of the group.
+T tokens, N rows, R ranks of the group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from megascale.model.exchange import Exchange, OrderedExchange, unit_range
-from megascale.model.routing import take_rows
 
 
 def _group(name: str) -> dist.ProcessGroup:
@@ -74,6 +72,29 @@ def exchange_rows(x: Tensor, sent: list[int], received: list[int], group: str) -
     return out
 
 
+@torch.library.custom_op("megascale::gather_uneven", mutates_args=())
+def gather_uneven(x: Tensor, rows: list[int], rank: int, group: str) -> Tensor:
+    """Each rank's rows [rows[rank], d] -> the rows of all ranks [sum(rows), d], in rank order. Backward: `scatter_uneven`.
+
+    As one all-to-all in which a rank sends everyone the same: no padding, and neither gloo nor NCCL gathers uneven parts at once.
+    """
+    if len(set(rows)) == 1:
+        return gather_rows(x, len(rows), group)
+    out = x.new_empty(sum(rows), *x.shape[1:])
+    dist.all_to_all_single(out, x.repeat(len(rows), 1), rows, [rows[rank]] * len(rows), group=_group(group))
+    return out
+
+
+@torch.library.custom_op("megascale::scatter_uneven", mutates_args=())
+def scatter_uneven(x: Tensor, rows: list[int], rank: int, group: str) -> Tensor:
+    """Partial sums of all rows [sum(rows), d] -> the whole sum of this rank's rows [rows[rank], d]. Backward: `gather_uneven`."""
+    if len(set(rows)) == 1:
+        return scatter_sum(x, len(rows), group)
+    parts = x.new_empty(len(rows), rows[rank], *x.shape[1:])
+    dist.all_to_all_single(parts.flatten(0, 1), x.contiguous(), [rows[rank]] * len(rows), rows, group=_group(group))
+    return parts.sum(0)
+
+
 @gather_rows.register_fake
 def _(x: Tensor, ranks: int, group: str) -> Tensor:
     return x.new_empty(ranks * x.shape[0], *x.shape[1:])
@@ -104,6 +125,16 @@ def _(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
     return x.new_empty(sum(received), *x.shape[1:])
 
 
+@gather_uneven.register_fake
+def _(x: Tensor, rows: list[int], rank: int, group: str) -> Tensor:
+    return x.new_empty(sum(rows), *x.shape[1:])
+
+
+@scatter_uneven.register_fake
+def _(x: Tensor, rows: list[int], rank: int, group: str) -> Tensor:
+    return x.new_empty(rows[rank], *x.shape[1:])
+
+
 def _keep_arguments(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.arguments = inputs[1:]
 
@@ -113,6 +144,12 @@ scatter_sum.register_autograd(lambda ctx, grad: (gather_rows(grad, *ctx.argument
 
 sum_parts.register_autograd(lambda ctx, grad: (sum_parts(grad, *ctx.arguments), None), setup_context=_keep_arguments)
 swap_rows.register_autograd(lambda ctx, grad: (swap_rows(grad, *ctx.arguments), None), setup_context=_keep_arguments)
+gather_uneven.register_autograd(
+    lambda ctx, grad: (scatter_uneven(grad, *ctx.arguments), None, None, None), setup_context=_keep_arguments
+)
+scatter_uneven.register_autograd(
+    lambda ctx, grad: (gather_uneven(grad, *ctx.arguments), None, None, None), setup_context=_keep_arguments
+)
 
 
 def _exchange_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -189,57 +226,3 @@ def join_logits(group: dist.ProcessGroup, vocabulary: int) -> Exchange:
         return torch.cat([part[:size] for part, size in zip(parts, rows, strict=True)]).t()
 
     return join
-
-
-@dataclass(frozen=True)
-class Way:
-    """How the rows of one dispatch travelled, for the way back."""
-
-    sent: list[int]
-    """rows to each rank of the group"""
-    received: list[int]
-    """rows from each rank of the group"""
-    order: Tensor
-    """of the received rows, sorted by expert"""
-    place: Tensor
-    """the inverse of `order`"""
-
-
-class ExpertExchange:
-    """Rows to the ranks that hold their experts, and back (arXiv 2006.16668, section 3.2), without dropping or padding.
-
-    The experts are spread over the group's ranks in order. One host synchronisation: the numbers of rows that each rank gets.
-    """
-
-    def __init__(self, group: dist.ProcessGroup):
-        self.group, self.size = group, group.size()
-
-    @torch.compiler.disable
-    def dispatch(self, copies: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Way]:
-        """Rows [N, d] sorted by expert, counts [E] -> all ranks' rows [N', d] for the experts here, sorted by expert, counts [E/R]."""
-        received_counts = torch.empty_like(counts)
-        dist.all_to_all_single(received_counts, counts, group=self.group)
-        by_rank = torch.stack([counts, received_counts]).view(2, self.size, -1)
-        sent, received = self._rows(by_rank, copies.shape[0])
-        rows = exchange_rows(copies, sent, received, self.group.group_name)
-        from_ranks = by_rank[1]
-        # rows came sorted by rank, then expert
-        expert = torch.arange(from_ranks.shape[1], device=counts.device).repeat(self.size)
-        order = torch.repeat_interleave(expert, from_ranks.flatten(), output_size=sum(received)).argsort(stable=True)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        return take_rows(rows, order, place[:, None]), from_ranks.sum(0), Way(sent, received, order, place)
-
-    def _rows(self, by_rank: Tensor, rows: int) -> list[list[int]]:
-        """Rows sent to and received from each rank, of counts [2, R, E/R]. Meta tensors, which have no values (dry runs), count as evenly
-        loaded experts.
-        """
-        if by_rank.is_meta:
-            sent = [rows * (i + 1) // self.size - rows * i // self.size for i in range(self.size)]
-            return [sent, [sent[self.group.rank()]] * self.size]
-        return by_rank.sum(-1).tolist()
-
-    @torch.compiler.disable
-    def combine(self, outputs: Tensor, way: Way) -> Tensor:
-        """The experts' outputs [N', d] -> [N, d] in the order of `dispatch`'s rows."""
-        back = take_rows(outputs, way.place, way.order[:, None])
-        return exchange_rows(back, way.received, way.sent, self.group.group_name)

@@ -5,10 +5,10 @@ communication operations in MPICH"): all-gather (n-1)/n of the result, reduce-sc
 tensor, all-to-all (n-1)/n of the input (even shares), broadcast and reduce (n-1)/n of the tensor on average over the ranks, send all of it.
 What is received is counted where it is sent.
 
-Axes: tp, cp, stream, ep, pp as in the layout; stage: counts of all ranks of a pipeline stage (routers); dp: gradients and weights of the
-engine, over whatever ranks hold them; world: the norm and the loop's sums. Where the process groups of two axes have the same ranks, the
-engine and the loop name theirs (`megascale.parallel.charge`); of the model's own, all-to-all is ep, sums of counts are stage, and the rest
-belongs to the first axis that fits.
+Axes: tp, cp, stream, ep, etp, pp as in the layout; stage: counts of all ranks of a pipeline stage (routers); dp: gradients and weights of
+the engine, over whatever ranks hold them; world: the norm and the loop's sums. Where the process groups of two axes have the same ranks,
+the engine and the loop name theirs (`megascale.parallel.charge`); of the model's own, all-to-all is ep, sums of counts are stage, and the
+rest belongs to the first axis that fits.
 """
 
 from __future__ import annotations
@@ -110,8 +110,11 @@ _MODEL = {
     "sum_parts": _Operation("all-reduce", 0, 1, axis="stream"),
     "swap_rows": _Operation("all-to-all", 0, 1, axis="cp"),
     "exchange_rows": _Operation("all-to-all", 0, 3),
+    "gather_uneven": _Operation("all-gather", 0, 3, shares=True, axis="etp"),
+    "scatter_uneven": _Operation("reduce-scatter", 0, 3, axis="etp"),
 }
-"""The operators of `megascale.parallel.collectives`; what they call inside is not seen."""
+"""The operators of `megascale.parallel.collectives`; what they call inside is not seen. Parts that are not even count as if all were like
+this rank's, which is right for the sum over the ranks."""
 
 
 def _overloads() -> dict[Any, _Operation]:

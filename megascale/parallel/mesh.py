@@ -1,7 +1,8 @@
 """Where each rank stands in the layout, and the process groups of its axes.
 
 Ranks count pp slowest and tp fastest: world = pp x dp x stream x cp x tp. Experts have their own mesh over the ranks of one stage, counted
-in the same order: edp x ep, ep fastest, so that expert-parallel ranks are neighbours and tensor-parallel ranks dispatch their own tokens.
+in the same order: edp x ep x etp, with etp = tp or etp = 1. Where etp is 1, expert-parallel ranks are neighbours, and tensor-parallel
+ranks, which dispatch their own tokens, hold different experts or the same; else those hold the parts of the same experts.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Layout:
     kv_heads: int
     v_shaped: bool = False
     """the first and the last pipeline stage are on pipeline rank 0"""
+    etp: int = 1
+    """1, or as many as tp"""
 
     @property
     def world(self) -> int:
@@ -73,15 +76,19 @@ class Layout:
         return prod(self.sizes[faster] for faster in WORLD_AXES[WORLD_AXES.index(axis) + 1 :])
 
     def expert_peers(self, rank: int) -> Ranks:
-        """ep: the ranks of the stage among which the experts are spread."""
-        stage = self.along(rank, *STAGE)
-        first = stage.index(rank) // self.ep * self.ep
-        return stage[first : first + self.ep]
+        """ep: the ranks of the stage among which the experts, or the same parts of all of them, are spread."""
+        ranks = self._with_same_part(rank)
+        first = ranks.index(rank) // self.ep * self.ep
+        return ranks[first : first + self.ep]
 
     def expert_holders(self, rank: int) -> Ranks:
-        """edp: the ranks of the stage with the same experts."""
-        stage = self.along(rank, *STAGE)
-        return stage[stage.index(rank) % self.ep :: self.ep]
+        """edp: the ranks of the stage with the same experts, or the same parts of them."""
+        ranks = self._with_same_part(rank)
+        return ranks[ranks.index(rank) % self.ep :: self.ep]
+
+    def _with_same_part(self, rank: int) -> Ranks:
+        """The ranks of the stage that hold the same part of any expert that they hold."""
+        return self.along(rank, *(DATA if self.etp > 1 else STAGE))
 
     def kv_peers(self, rank: int) -> Ranks:
         """Tensor-parallel ranks with the same key/value head: several where tp is larger than the number of those heads."""
@@ -118,8 +125,8 @@ class Mesh:
         return self.layout.place(self.world.rank)
 
     def size(self, axis: str) -> int:
-        """Ranks along an axis (ep included)."""
-        return self.layout.ep if axis == "ep" else self.layout.sizes[axis]
+        """Ranks along an axis (ep and etp included)."""
+        return getattr(self.layout, axis) if axis in ("ep", "etp") else self.layout.sizes[axis]
 
     def along(self, *axes: str) -> Ranks:
         """The ranks that differ from this one on these axes only."""
@@ -144,7 +151,7 @@ def make_layout(parallel: Parallel, model: Model, world: int) -> Layout:
     assert dp is not None
     sizes = {axis: dp if axis == "dp" else getattr(parallel, axis) for axis in WORLD_AXES}
     assert prod(sizes.values()) == world, "the config's check has seen to it"
-    return Layout(sizes, parallel.ep, model.kv_heads or model.heads, parallel.schedule in V_SHAPED)
+    return Layout(sizes, parallel.ep, model.kv_heads or model.heads, parallel.schedule in V_SHAPED, parallel.etp)
 
 
 def alone(device: Device) -> Mesh:

@@ -24,6 +24,7 @@ from megascale.model.attention import Packing
 from megascale.model.decoder import Decoder, Layer
 from megascale.model.origin import Origin
 from megascale.model.residual import blocks_of
+from megascale.parallel.expert_exchange import remember_numbers
 
 
 def rebuilding_saves(layers: int, blocks: int) -> bool:
@@ -132,7 +133,7 @@ class RebuiltLayers:
 
 def _recomputed(function: Any, *tensors: Tensor) -> Any:
     # the model draws no random numbers from torch's generators, so their state need not be kept
-    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False, context_fn=remember_numbers)
 
 
 def rebuild_states(decoder: Decoder) -> bool:

@@ -13,6 +13,7 @@ from megascale.model.attention import Packing
 from megascale.model.decoder import Decoder
 from megascale.model.origin import Origin
 from megascale.model.streams import join_reports
+from megascale.parallel.expert_exchange import remember_numbers
 from megascale.parallel.rebuild import rebuild_states
 
 Report = dict[str, Tensor]
@@ -24,7 +25,7 @@ Recomputed = Callable[[Part, Tensor, Packing, Origin], tuple[Tensor, Report]]
 def _again(part: Part, state: Tensor, packing: Packing, origin: Origin) -> tuple[Tensor, Report]:
     """Runs a part, of which the backward pass finds what it needs by running it again."""
     # the model draws no random numbers from torch's generators, so their state need not be kept
-    return checkpoint(part, state, packing, origin, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(part, state, packing, origin, use_reentrant=False, preserve_rng_state=False, context_fn=remember_numbers)
 
 
 def _again_with_its_graph(part: Part, state: Tensor, packing: Packing, origin: Origin) -> tuple[Tensor, Report]:

@@ -47,14 +47,16 @@ def shard(decoder: Decoder, mesh: Mesh) -> dict[str, Placement]:
     splits = _splits(decoder)
     placements: dict[str, Placement] = {}
     for name, parameter in list(decoder.named_parameters(remove_duplicate=False)):
-        split, shape = splits.get(name), tuple(parameter.shape)
+        mine, shape = splits.get(name, ()), tuple(parameter.shape)
         ranges = [range(size) for size in shape]
-        if split is not None and mesh.size(split.axis) > 1:
-            ranges[split.dim] = _piece(split, shape, mesh)
+        for split in mine:
+            if mesh.size(split.axis) > 1:
+                ranges[split.dim] = _piece(split, shape, mesh)
+        if any(len(here) < size for here, size in zip(ranges, shape, strict=True)):
             _replace(decoder, name, torch.empty([len(r) for r in ranges], dtype=parameter.dtype, device=parameter.device))
         tied = decoder.config.tie_embeddings and name in ("embedding.weight", "head.weight")
         placements["embedding.weight" if tied else name] = Placement(
-            shape, tuple(r.start for r in ranges), *_holders(split, tied, mesh)
+            shape, tuple(r.start for r in ranges), *_holders(mine, tied, mesh)
         )
     if decoder.config.tie_embeddings and decoder.embedding is not None and decoder.head is not None:
         decoder.head.weight = decoder.embedding.weight
@@ -62,17 +64,17 @@ def shard(decoder: Decoder, mesh: Mesh) -> dict[str, Placement]:
     return placements
 
 
-def _splits(decoder: Decoder) -> dict[str, Split]:
+def _splits(decoder: Decoder) -> dict[str, tuple[Split, ...]]:
     """What the modules declare, by full name."""
-    found: dict[str, Split] = {}
+    found: dict[str, tuple[Split, ...]] = {}
     for prefix, module in decoder.named_modules():
-        declared: Mapping[str, Split] = getattr(module, "splits", {})
-        found |= {f"{prefix}.{name}": split for name, split in declared.items()}
+        declared: Mapping[str, Split | tuple[Split, ...]] = getattr(module, "splits", {})
+        found |= {f"{prefix}.{name}": (some,) if isinstance(some, Split) else some for name, some in declared.items()}
     return found
 
 
 def _part(axis: str, mesh: Mesh) -> int:
-    peers = mesh.along("tp") if axis == "tp" else mesh.layout.expert_peers(mesh.world.rank)
+    peers = mesh.layout.expert_peers(mesh.world.rank) if axis == "ep" else mesh.along("tp")
     return peers.index(mesh.world.rank)
 
 
@@ -87,18 +89,18 @@ def _replace(decoder: Decoder, name: str, tensor: torch.Tensor) -> None:
     setattr(decoder.get_submodule(owner), attribute, nn.Parameter(tensor))
 
 
-def _holders(split: Split | None, tied: bool, mesh: Mesh) -> tuple[Ranks, Ranks]:
+def _holders(splits: tuple[Split, ...], tied: bool, mesh: Mesh) -> tuple[Ranks, Ranks]:
     """(holders, sharded_over) of a `Placement`."""
     layout, rank = mesh.layout, mesh.world.rank
     data = mesh.along(*DATA)
-    if split is None:
+    if not splits:
         return mesh.along(*STAGE), data
-    if split.axis == "ep":
+    if any(split.axis == "ep" for split in splits):
         experts = layout.expert_holders(rank)
         return experts, experts
     if tied:
         return layout.over_data(layout.ends(rank)), data
-    shared = split.units < mesh.size("tp")
+    shared = any(split.units < mesh.size("tp") for split in splits)
     return (layout.over_data(layout.kv_peers(rank)) if shared else data), data
 
 

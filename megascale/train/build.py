@@ -15,7 +15,7 @@ from megascale.config.schema import Config, Model
 from megascale.data.open_data import OpenData, open_data
 from megascale.model.decoder import FP32_PARAMETERS, Decoder
 from megascale.model.initialize import start_routers
-from megascale.parallel.apply import apply
+from megascale.parallel.apply import apply, describe_dispatch
 from megascale.parallel.deferred import WeightGradients, defer_weight_gradients
 from megascale.parallel.engine import Engine, Share
 from megascale.parallel.mesh import Mesh
@@ -174,6 +174,8 @@ def build(
     else:
         engine = _zero_engine(stages, share, config, mesh, zero)
     say(f"engine: {f'DeepSpeed, ZeRO {zero}' if zero else 'plain torch (ZeRO 0)'}")
+    if config.model.experts.count > 1:
+        say(f"expert dispatch: {describe_dispatch(config.model, mesh)}")
     return Parts(config, data, mesh, stages, engine, new, frozen)
 
 

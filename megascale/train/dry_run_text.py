@@ -20,7 +20,7 @@ def as_json(found: DryRun) -> dict[str, Any]:
     return {
         "run": found.config.run.name,
         "world": found.layout.world,
-        "layout": {**found.layout.sizes, "ep": found.layout.ep},
+        "layout": {**found.layout.sizes, "ep": found.layout.ep, "etp": found.layout.etp},
         "zero_stage": found.zero_stage,
         "schedule": parallel.schedule if found.layout.sizes["pp"] > 1 else None,
         "micro_batches": found.config.batch.micro_batches,
@@ -78,9 +78,11 @@ def _layout_table(layout: Layout) -> Table:
         "dp": "the sequences of a micro-batch",
         "pp": "the layers",
         "ep": "the experts",
+        "etp": "each expert's width",
     }
     groups: dict[str, Ranks] = {axis: layout.along(0, axis) for axis in reversed(WORLD_AXES)}
     groups["ep"] = layout.expert_peers(0)
+    groups["etp"] = groups["tp"] if layout.etp > 1 else (0,)
     for axis, ranks in groups.items():
         if len(ranks) > 1:
             table.add_row(axis, str(len(ranks)), f"{layout.world // len(ranks):,}", some_ranks(ranks), shares[axis])

@@ -149,6 +149,16 @@ TWO_MICRO_BATCHES = "batch: {micro_batches: 2}\n"
         ("parallel: {ep: 2}", "parallel.ep: ep 2 has no experts to spread (model.experts.count is 1); ep 1 works"),
         (EIGHT_EXPERTS + "parallel: {ep: 6}", "ep 6 does not divide model.experts.count 8; ep 4 or 8 work"),
         (EIGHT_EXPERTS + "parallel: {dp: 2, tp: 2, ep: 8}", "ep 8 does not divide the 4 ranks of a pipeline stage"),
+        (EIGHT_EXPERTS + "parallel: {tp: 2, etp: 4}", "parallel.etp: etp 4 is neither 1 nor tp 2; etp 1 or 2 work"),
+        ("parallel: {tp: 2, etp: 2}", "parallel.etp: etp 2 has no experts to split (model.experts.count is 1); etp 1 works"),
+        (
+            "model: {experts: {count: 8, width: 24}}\nprecision: bf16\nparallel: {tp: 2, etp: 2}",
+            "etp 2 does not cut model.experts.width 24 into multiples of 8, 16 bytes of bf16; etp 1 works; or model.experts.width 16 or 32",
+        ),
+        (
+            EIGHT_EXPERTS + "parallel: {dp: 2, tp: 2, ep: 4, etp: 2}",
+            "ep 4 does not divide the 2 ranks of a pipeline stage with the same part of an expert (dp x stream x cp); ep 2 works",
+        ),
         (TWO_MICRO_BATCHES + "parallel: {pp: 2, zero_stage: 3}", "pp 2 is not possible with parallel.zero_stage 3; pp 1 works"),
         (EIGHT_EXPERTS + "parallel: {ep: 2, zero_stage: 3}", "ep 2 is not possible with parallel.zero_stage 3; ep 1 works"),
         (
@@ -211,6 +221,8 @@ def test_an_axis_that_does_not_fit_is_one_error_with_the_nearest_values(tmp_path
         (TWO_MICRO_BATCHES + "model: {layers: 3}\nparallel: {pp: 2}", 8),
         (TWO_MICRO_BATCHES + "parallel: {pp: 2, schedule: interleaved, virtual_stages: 2}", 2),
         (EIGHT_EXPERTS + "parallel: {tp: 2, ep: 8}", 8),
+        (EIGHT_EXPERTS + "parallel: {tp: 2, ep: 4, etp: 2}", 8),
+        (EIGHT_EXPERTS + "parallel: {tp: 2, etp: 2, zero_stage: 3}", 8),
         (EIGHT_EXPERTS + "batch: {micro_batches: 2}\noptimizer: {name: muon}\nparallel: {pp: 2, ep: 4, zero_stage: 0}", 8),
         ("parallel: {tp: 2, zero_stage: 3}", 8),
         ("model: {tie_embeddings: true}\n" + TWO_MICRO_BATCHES + "parallel: {pp: 2, tp: 2}", 8),
@@ -279,21 +291,23 @@ def test_exactly_the_batches_that_divide_are_accepted(sequences: int, micro_batc
     experts=st.sampled_from([1, 4, 6]),
     micro_batches=st.sampled_from([1, 2, 4]),
     optimizer=st.sampled_from(["adamw", "muon"]),
+    splits_width=st.booleans(),
     world=st.integers(1, 24),
 )
 def test_the_proposed_layouts_are_exactly_those_that_pass_the_checks(
-    heads: int, layers: int, experts: int, micro_batches: int, optimizer: str, world: int
+    heads: int, layers: int, experts: int, micro_batches: int, optimizer: str, splits_width: bool, world: int
 ) -> None:
     wanted = config(
         model={"width": 96, "heads": heads, "layers": layers, "experts": {"count": experts}},
         data={"sequence_length": 48},
         batch={"sequences": 48, "micro_batches": micro_batches},
         optimizer={"name": optimizer},
+        parallel={"tp": 2, "etp": 2} if splits_width else {},
     )
     passing = set()
     shapes = ((pp, tp) for pp in range(1, 7) for tp in range(1, 9) if world % (pp * tp) == 0)
     for pp, tp, ep in ((pp, tp, ep) for pp, tp in shapes for ep in range(1, 7)):
-        tried = wanted.model_copy(update={"parallel": Parallel(pp=pp, tp=tp, ep=ep)})
+        tried = wanted.model_copy(update={"parallel": Parallel(pp=pp, tp=tp, ep=ep, etp=tp if splits_width else 1)})
         try:
             check(LoadedConfig(tried), world)
         except InputError:

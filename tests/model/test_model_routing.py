@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megascale.config.schema import Model
+from megascale.kernels.grouped import grouped_linear
 from megascale.model.layers import SwiGLU
 from megascale.model.origin import Origin
 from megascale.model.routers import ROUTERS
@@ -115,6 +116,42 @@ def test_narrow_types_stay_close_and_the_router_stays_fp32(router: str, dtype: t
     assert all(value.dtype == torch.float32 for value in report.values())
     wide = by_definition(layer.double(), x.detach().double())
     assert (out.double() - wide).abs().max() <= tolerance * wide.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_dropped_copies_are_never_read(dtype: torch.dtype) -> None:
+    """They stay behind those of the experts, where grouped products write nothing: here they write what would spread."""
+    results = []
+    for spoil in (False, True):
+        _, layer = routed(per_token=2, dtype=dtype, capacity_factor=0.5, shared=1)
+        if spoil:
+            layer.multiply = spoiled_behind_the_last_expert
+        x = tokens(20, dtype=dtype)
+        out, _ = layer(x, origin(20))
+        results.append(
+            [out, *torch.autograd.grad(out.square().sum(), (x, layer.gate, layer.up, layer.down, layer.router.weight))]
+        )
+    assert all(torch.isfinite(tensor).all() for tensor in results[0])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class Spoil(torch.autograd.Function):
+    """NaN in the rows from `end` on, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, end: Tensor) -> Tensor:
+        ctx.save_for_backward(end)
+        behind = torch.arange(x.shape[0]) >= end
+        assert behind.any()
+        return torch.where(behind[:, None], math.nan, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return torch.where((torch.arange(grad.shape[0]) >= ctx.saved_tensors[0])[:, None], math.nan, grad), None
+
+
+def spoiled_behind_the_last_expert(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return Spoil.apply(grouped_linear(Spoil.apply(x, ends[-1]), weight, ends), ends[-1])
 
 
 @every_router
@@ -248,7 +285,7 @@ def test_repetition_gives_the_same_bits(router: str, capacity: float | None) -> 
 @pytest.mark.parametrize("capacity", [None, 0.7])
 @every_router
 def test_shapes_are_known_without_values(router: str, capacity: float | None) -> None:
-    """Dry runs work on meta tensors."""
+    """Dry runs work on meta tensors. So nothing waits for the device: no value goes to the host, also with a capacity."""
     _, layer = routed(2, per_token=2, dtype=torch.float32, router=router, capacity_factor=capacity)
     here = origin(8)
     there = Origin(here.ids.to("meta"), here.counter.to("meta"), here.key.to("meta"))
@@ -260,14 +297,21 @@ def test_shapes_are_known_without_values(router: str, capacity: float | None) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("router", "capacity"),
-    [("softmax", None), ("softmax", 0.7), ("sigmoid", None), ("s_base", 0.7), ("rl_r", None), ("hash", 0.7)],
+    ("router", "capacity", "scope"),
+    [
+        ("softmax", None, "global"),
+        ("softmax", 0.7, "rank"),
+        ("sigmoid", None, "global"),
+        ("s_base", 0.7, "global"),
+        ("rl_r", None, "global"),
+        ("hash", 0.7, "global"),
+    ],
 )
-def test_the_compiled_layer_agrees(router: str, capacity: float | None) -> None:
+def test_the_compiled_layer_agrees(router: str, capacity: float | None, scope: Any) -> None:
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):
-        _, layer = routed(2, per_token=2, dtype=torch.float32, router=router, capacity_factor=capacity)
+        _, layer = routed(2, per_token=2, dtype=torch.float32, router=router, capacity_factor=capacity, scope=scope)
         if compiled:
             layer.compile(backend="aot_eager")
         for number in (12, 20, 9):  # other numbers of rows are other graphs

@@ -96,6 +96,25 @@ def test_a_real_step_sends_what_the_formulas_say(ranks: RankPool, tmp_path: Path
         assert sent["pp", "send"] == micro_batches * state * blocks // 2
 
 
+def test_ranks_that_share_the_width_of_experts_send_what_the_formulas_say(
+    ranks: RankPool, tmp_path: Path, tiny_corpus: Path
+) -> None:
+    """Two layers on tp = etp = 2 of fp32: a rank routes M copies of a micro-batch's tokens, E experts, n = 2 ranks."""
+    micro_batches, layers, width, streams, experts, per_token = 2, 2, 32, 2, 4, 2
+    copies = 8 // micro_batches * 32 // 2 * streams * per_token
+    config = tiny_config(
+        tmp_path, tiny_corpus, *ALL_AXES, "batch={sequences: 8, micro_batches: 2}", "parallel={tp: 2, etp: 2, zero_stage: 0}"
+    )
+    for entries in ranks.run(ledger_of_a_step, config.model_dump(), world_size=2):
+        sent = {(entry.axis, entry.kind): entry.sent for entry in entries}
+        # of two ranks each sends all its rows once: forward to experts, backward their gradients; and its numbers of rows by expert
+        rows, numbers = copies * width * 4, experts * 8
+        assert sent["etp", "all-gather"] == micro_batches * layers * (2 * rows + numbers)
+        # forward and backward it sends the other rank's part of the sums
+        assert sent["etp", "reduce-scatter"] == micro_batches * layers * 2 * rows
+        assert not any(axis == "ep" for axis, _ in sent)
+
+
 def test_context_and_stream_ranks_send_what_the_formulas_say(ranks: RankPool, tmp_path: Path, tiny_corpus: Path) -> None:
     """Four layers on cp = 2 x stream = 2 of fp32: T tokens of a micro-batch, P = 2 streams of which a rank has one, n = 2 ranks."""
     micro_batches, layers, width, kv_width = 2, 4, 32, 2 * 8

@@ -31,16 +31,25 @@ from runs import ALL_AXES, tiny_config, write_config
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 FOUR_LAYERS = ("model={width: 32, layers: 4, heads: 4, kv_heads: 2, ffn_width: 64}", *ALL_AXES)
 BATCH = "batch={sequences: 16, micro_batches: 4}"
+BY_ROUTING = ("ep", "etp")
 
 
 def sent(entries: Sequence[Entry]) -> dict[tuple[str, str, int], Fraction]:
-    return {(e.axis, e.kind, e.ranks): e.sent for e in entries if e.axis != "ep"}
+    return {(e.axis, e.kind, e.ranks): e.sent for e in entries if e.axis not in BY_ROUTING}
 
 
 LAYOUTS = {
     "tp2-dp2": (4, "parallel={tp: 2, zero_stage: 0}", "precision=bf16"),
     "dp4": (4, "parallel={zero_stage: 0}"),
     "tp2-ep4-dp2": (4, "parallel={tp: 2, ep: 4, zero_stage: 0}"),
+    "tp2-etp2-dp2": (4, "parallel={tp: 2, etp: 2, zero_stage: 0}", "precision=bf16"),
+    "tp2-ep2-etp2-dp2": (4, "parallel={tp: 2, ep: 2, etp: 2, zero_stage: 0}", "model.experts.shared=1"),
+    "tp2-ep2-etp2-rebuilt": (
+        4,
+        "parallel={tp: 2, ep: 2, etp: 2, zero_stage: 0, recompute: layer}",
+        "model.layers=16",
+        "model.altup={blocks: 8}",
+    ),
     "tp4": (4, "parallel={tp: 4, zero_stage: 0}"),
     "pp2-tp2-ep2": (4, "parallel={pp: 2, tp: 2, ep: 2, zero_stage: 0}", "precision=bf16"),
     "pp2-tp2-dp2": (8, "parallel={pp: 2, tp: 2, ep: 4, zero_stage: 0}"),
@@ -66,7 +75,7 @@ LAYOUTS = {
 }
 
 
-QUICK = ("tp2-ep4-dp2", "pp2-tp2-ep2", "stream2-cp2-tp2")
+QUICK = ("tp2-ep4-dp2", "tp2-ep2-etp2-dp2", "pp2-tp2-ep2", "stream2-cp2-tp2")
 
 
 @pytest.mark.parametrize("layout", full_unless(QUICK, LAYOUTS))
@@ -80,8 +89,9 @@ def test_a_real_step_sends_what_the_dry_run_says(ranks: RankPool, tmp_path: Path
         assert {(e.axis, e.kind): e.calls for e in report.sent} == {(e.axis, e.kind): e.calls for e in real[report.rank]}
         # how many rows go from whom to whom depends on the routing, but not how many there are
         stage = found.layout.along(report.rank, *STAGE)
-        dry = sum(e.volume for e in report.sent if e.axis == "ep") * len(stage)
-        assert sum(e.volume for rank in stage for e in real[rank] if e.axis == "ep") == dry
+        for axis in BY_ROUTING:
+            dry = sum(e.volume for e in report.sent if e.axis == axis) * len(stage)
+            assert sum(e.volume for rank in stage for e in real[rank] if e.axis == axis) == dry
 
 
 @pytest.mark.slow
@@ -231,7 +241,7 @@ SHIPPED = {
     "parscale_2.8b": (128, "{tp: 4}", 1),
     "parscale_4.4b": (256, "{tp: 8}", 1, "model.streams.count=8"),
     "quickstart": (64, "{ep: 4}", 1, "model.vocab_size=4096"),
-    "qwen3_30b_a3b": (512, "{tp: 4, pp: 2, ep: 32}", 2),
+    "qwen3_30b_a3b": (512, "{tp: 4, pp: 2, ep: 32, etp: 4}", 2),
 }
 
 

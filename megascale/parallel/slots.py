@@ -1,0 +1,45 @@
+"""Room for as many rows of each expert as a capacity lets pass, so that what ranks exchange has a size that the host knows.
+
+N rows sorted by expert, behind them those of no expert; d width, E experts, S slots of each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megascale.model.routing import take_rows
+
+
+class Slots:
+    """Where the rows of one dispatch stand among E x S slots, of which the empty ones are zeros.
+
+    Args:
+        counts: [E], at most S each.
+        rows: N.
+        slots: S.
+    """
+
+    def __init__(self, counts: Tensor, rows: int, slots: int):
+        self.rows, self.size = rows, counts.numel() * slots
+        first, device = counts.cumsum(0) - counts, counts.device
+        slot = torch.arange(slots, device=device)
+        # the row of each slot, N for none; and the slot of each row, E S for none
+        row = torch.where(slot < counts[:, None], first[:, None] + slot, rows).flatten()
+        there = torch.arange(self.size, device=device)
+        place = torch.full((rows + 1,), self.size, device=device).scatter_(0, row, there)
+        place = torch.where(torch.arange(rows + 1, device=device) < rows, place, self.size)
+        self.row, self.place = row, place
+
+    def fill(self, rows: Tensor) -> Tensor:
+        """[N, d] -> [E S, d]."""
+        return take_rows(_with_zeros(rows), self.row, self.place[:, None], some_nowhere=True)
+
+    def empty(self, slots: Tensor) -> Tensor:
+        """[E S, d] -> [N, d], zeros for rows of no expert."""
+        nowhere = torch.full_like(self.row[:1], self.rows)
+        return take_rows(_with_zeros(slots), self.place[:-1], torch.cat([self.row, nowhere])[:, None], some_nowhere=True)
+
+
+def _with_zeros(x: Tensor) -> Tensor:
+    return torch.cat([x, x.new_zeros(1, x.shape[1])])
