@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megascale.model.routing import take_rows
 from megascale.parallel.charge import charged_to
-from megascale.parallel.collectives import exchange_rows, gather_uneven, scatter_uneven
+from megascale.parallel.collectives import exchange_rows, gather_rows, gather_uneven, scatter_uneven
 from megascale.parallel.slots import Slots
 from megascale.parallel.transfer import Transfer, finish, start
 
@@ -197,10 +197,8 @@ class ExpertExchange:
             dist.all_to_all_single(received, parts, group=self.ep)
         everyone = received[None]
         if self.etp is not None:
-            gathered = received.new_empty(tensor_ranks * ranks, received.shape[1])
             with charged_to("etp"):
-                dist.all_gather_into_tensor(gathered, received, group=self.etp)
-            everyone = gathered.view(tensor_ranks, *received.shape)
+                everyone = gather_rows(everyone, tensor_ranks, self.etp.group_name)
         if self.ep is None:  # every tensor-parallel rank has as many tokens as the others
             nobodys = rows - everyone.sum(-1, keepdim=True)
             return Numbers([rows], [[rows]] * tensor_ranks, torch.cat([everyone, nobodys], -1))
