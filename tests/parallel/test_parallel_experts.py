@@ -265,12 +265,12 @@ def counts_taken_to_the_host(rank: int, size: int, settings: dict[str, Any]) -> 
 def test_recomputation_takes_no_counts_to_the_host(
     ranks: RankPool, tmp_path: Path, tiny_corpus: Path, recompute: str, times: int, blocks: int
 ) -> None:
-    """Two streams, which `stream` runs one after the other; two of eight layers are routed."""
+    """Two streams, which `stream` runs one after the other; three of twelve layers are routed."""
     config = tiny_config(
-        tmp_path, tiny_corpus, *ALL_AXES, "model.layers=8", "model.experts.every=4", f"model.altup.blocks={blocks}",
+        tmp_path, tiny_corpus, *ALL_AXES, "model.layers=12", "model.experts.every=4", f"model.altup.blocks={blocks}",
         "batch={sequences: 8, micro_batches: 2}", f"parallel={{ep: 2, recompute: {recompute}, zero_stage: 0}}",
     )  # fmt: skip
-    assert ranks.run(counts_taken_to_the_host, config.model_dump(), world_size=2) == [2 * 2 * times] * 2
+    assert ranks.run(counts_taken_to_the_host, config.model_dump(), world_size=2) == [3 * 2 * times] * 2
 
 
 def order_of_a_layer(rank: int, world: int, model: Model, in_order: bool) -> tuple[list[str], list[Tensor]]:
