@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
     parser.add_argument(
         "--parallel", metavar="LAYOUT",
-        help="of the ranks that a launcher starts: axes dp, pp, stream, cp, tp, ep and context as in a config's section parallel, for"
+        help="of the ranks that a launcher starts: axes dp, pp, stream, cp, tp, ep, etp and context as in a config's section parallel, for"
         ' example "{tp: 2, pp: 2}" (default: all of them share the sequences)',
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")

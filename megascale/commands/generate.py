@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
     parser.add_argument(
         "--parallel", metavar="LAYOUT",
-        help="of the ranks that a launcher starts: axes dp, pp, tp, ep, for example"
+        help="of the ranks that a launcher starts: axes dp, pp, tp, ep, etp, for example"
         ' "{tp: 2, pp: 2}" (default: all of them share the samples)',
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         parallel = read_parallel(arguments.parallel)
         if parallel.cp > 1 or parallel.stream > 1:
             reason = "a new token is one token with all its streams: cp and stream have nothing to share"
-            raise InputError("--parallel", reason, "choose among dp, pp, tp, ep")
+            raise InputError("--parallel", reason, "choose among dp, pp, tp, ep, etp")
 
     with join_team(arguments.parallel, vars(arguments), check) as team:
         return _run(arguments, options, team)

@@ -29,7 +29,7 @@ from megascale.parallel.shard import cut, own_stages, shard, tie_ends, whole_on_
 from megascale.parallel.world import World, end_world, start_world
 from megascale.train.build import cast
 
-AXES = ("dp", "pp", "stream", "cp", "tp", "ep", "context")
+AXES = ("dp", "pp", "stream", "cp", "tp", "ep", "etp", "context")
 """What of `parallel` matters without a backward pass."""
 Result = TypeVar("Result")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layouts import ADAMW, SGD_LIKE, Result, full_unless, problems, saved, train
+from layouts import ADAMW, SGD_LIKE, Result, change, full_unless, problems, train
 from megascale.config.schema import Config, Model, Parallel
 from megascale.model.layers import SwiGLU
 from megascale.model.routing import Experts
@@ -103,17 +103,23 @@ CHANGES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", full_unless(["whole to parts"], CHANGES))
+@pytest.mark.parametrize("name", full_unless(["whole to parts"], CHANGES))
 def test_a_checkpoint_goes_on_where_experts_are_split_otherwise(
-    ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References, change: str
+    ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References, name: str
 ) -> None:
-    (first, before), (second, after) = CHANGES[change]
-    begun = train(ranks, tmp_path, tiny_corpus, first, "run", MODEL, *ADAMW, before, steps=4, stop_after=2)
-    ended = train(ranks, tmp_path, tiny_corpus, second, "run", MODEL, *ADAMW, after, steps=4)
-    joined = Result(begun.curve + ended.curve, begun.records + ended.records, begun.start, ended.end)
-    assert problems(joined, one(*ADAMW, steps=4)) == []
-    moments = saved(tmp_path / "runs/run/checkpoints/step-00000004", "adamw.exp_avg/")
-    assert moments["adamw.exp_avg/layers.0.feed_forward.down"].shape == (4, 32, 16)
+    ways = [(world, (MODEL, *ADAMW, parallel)) for world, parallel in CHANGES[name]]
+    joined, other = change(ranks, tmp_path, tiny_corpus, *ways)
+    assert other == []
+    assert problems(joined, one(*ADAMW, steps=5)) == []
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_it_holds_for_compiled_layers(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, one: References) -> None:
+    world, parallel = LAYOUTS["tp2-ep2-etp2"]
+    settings = (*ADAMW, "model.experts.shared=1")
+    found = train(ranks, tmp_path, tiny_corpus, world, "compiled", MODEL, *settings, parallel, "compile=on")
+    assert problems(found, one(*settings)) == []
 
 
 # Which rank holds what ------------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ LAYOUTS = {
     "tp2-pp2": (4, "{tp: 2, pp: 2}"),
     "tp2-ep4-dp2": (4, "{tp: 2, ep: 4}"),
     "pp2-dp2-ep2": (4, "{pp: 2, ep: 2}"),
+    "tp2-etp2": (2, "{tp: 2, etp: 2}"),
+    "tp2-ep2-etp2-dp2": (4, "{tp: 2, ep: 2, etp: 2}"),
 }
 ONLY_EVALUATION = {
     "cp2": (2, "{cp: 2}"),
