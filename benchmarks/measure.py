@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import pickle
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,6 +58,21 @@ def peak_memory_mib(function: Callable[..., None], *arguments: object) -> float:
     peak = queue.get()
     process.join()
     return peak
+
+
+def _rank(rank: int, function: Callable[..., object], size: int, folder: str, arguments: tuple) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # this machine's name may lead elsewhere
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    (Path(folder) / f"rank-{rank}").write_bytes(pickle.dumps(function(rank, size, *arguments)))
+    dist.destroy_process_group()
+
+
+def on_ranks(function: Callable[..., Any], size: int, *arguments: object) -> list[Any]:
+    """Call ``function(rank, size, *arguments)`` on fresh gloo ranks of this machine, one thread each; the results by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_rank, (function, size, folder, arguments), nprocs=size)
+        return [pickle.loads((Path(folder) / f"rank-{rank}").read_bytes()) for rank in range(size)]  # noqa: S301, just written
 
 
 def print_table(rows: list[dict[str, object]]) -> None:

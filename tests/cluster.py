@@ -1,4 +1,5 @@
-"""A SLURM cluster on one machine: the controller and the nodes are hosts of their own (see hosts.py). Needs root, slurm-wlm and munge.
+"""A SLURM cluster on one machine: the controller and the nodes are hosts of their own (benchmarks/hosts.py). Needs root,
+slurm-wlm and munge.
 
 The daemons are the real ones. Nodes have no GPUs and more CPUs than the machine.
 """
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from hosts import Host, Hosts, HostsError
+from benchmarks.hosts import Host, Hosts, HostsError
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 SETTINGS = """

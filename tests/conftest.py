@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from benchmarks.hosts import Hosts, HostsError
 from corpora import build_corpus
-from hosts import Hosts, HostsError
 from ranks import RankPool
 
 os.environ |= {

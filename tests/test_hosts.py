@@ -1,4 +1,4 @@
-"""The hosts of hosts.py: names, addresses, processes of their own, and what a loss does. Needs root; skipped without."""
+"""The hosts of benchmarks/hosts.py: names, addresses, processes of their own, and what a loss does. Needs root; skipped without."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from hosts import Host, Hosts
+from benchmarks.hosts import Host, Hosts
 
 SERVE = (
     "import socket; s = socket.create_server(('', 9000)); c, _ = s.accept(); c.sendall(socket.gethostname().encode()); c.recv(1)"
@@ -47,3 +47,28 @@ def test_a_lost_host_takes_its_processes_along_and_comes_back_empty(three_hosts:
     assert (again.do("hostname").strip(), again.processes(), again.up) == ("node2", [], True)
     one.clear()
     assert sleepers[0].wait(timeout=10) != 0
+
+
+SINK = "import socket; s = socket.create_server(('', 9000)); c, _ = s.accept(); print('up')\nwhile c.recv(2**20): pass"
+POUR = """
+import socket, sys, time
+link = socket.create_connection((sys.argv[1], 9000), 5)
+begin = time.perf_counter()
+link.sendall(bytes(1_256_000))
+link.shutdown(socket.SHUT_WR)
+link.recv(1)
+print(time.perf_counter() - begin)
+"""
+
+
+def test_a_limited_host_sends_no_faster_than_it_may(three_hosts: Hosts) -> None:
+    one, two, _ = three_hosts.hosts
+    three_hosts.limit("8mbit")
+    try:
+        start(two, SINK)
+        time.sleep(0.5)
+        seconds = float(one.do(sys.executable, "-c", POUR, two.name))
+    finally:
+        three_hosts.limit(None)
+    assert seconds > 0.99, "of 1.256 MB a quarter may leave at once, the rest at 1 MB/s"
+    assert "tbf" not in one.do("tc", "qdisc", "show", "dev", "eth0")

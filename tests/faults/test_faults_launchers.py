@@ -18,8 +18,8 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.hosts import Host, Hosts, HostsError, allow_ssh
 from corpora import build_corpus
-from hosts import Host, Hosts, HostsError, allow_ssh
 from megascale.checkpoint.load import CheckpointReader
 from megascale.observe.metrics import reproducible
 from megascale.observe.sinks import read_metrics

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.hosts import HostsError
 from cluster import Cluster
-from hosts import HostsError
 from megascale.checkpoint.load import CheckpointReader
 from megascale.cli import main
 from megascale.observe.metrics import reproducible

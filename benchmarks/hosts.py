@@ -122,6 +122,9 @@ class Hosts:
         self.hosts[number - 1].lose()
         host = self.hosts[number - 1] = Host(number, self._count, self._folder)
         self._plug(number, host)
+        for other in self.hosts:
+            if other.up and other is not host:
+                other.do("ip", "neigh", "flush", "dev", "eth0")  # the network card of this address is another one now
         return host
 
     def close(self) -> None:
@@ -130,6 +133,21 @@ class Hosts:
             host.lose()
         self._switch_process.kill()
         self._switch_process.wait()
+
+    def limit(self, rate: str | None) -> None:
+        """Let every host send no faster than `rate` (as tc writes it: 200mbit), through a token bucket; none: as fast as it can.
+
+        Raises:
+            HostsError: tc is missing or the kernel has no such queue.
+        """
+        if shutil.which("tc") is None:
+            raise HostsError("not installed: tc")
+        for host in self.hosts:
+            if rate is not None:
+                # the bucket holds some of the 64 KiB pieces in which the kernel hands packets down; nothing is dropped from the queue
+                host.do("tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "256kb", "limit", "10mb")
+            elif "tbf" in host.do("tc", "qdisc", "show", "dev", "eth0"):
+                host.do("tc", "qdisc", "del", "dev", "eth0", "root")
 
     def _plug(self, number: int, host: Host) -> None:
         """Give the host its cable."""
