@@ -84,9 +84,7 @@ MORE_RANKS = (
     Layout("cp 4, all_gather", 4, "{cp: 4, zero_stage: 0}"),
     Layout("ep 4", 4, "{ep: 4, zero_stage: 0}"),
     Layout("pp 4, 1f1b", 4, "{pp: 4}"),
-    Layout("pp 4, zbv", 4, "{pp: 4, schedule: zbv}"),
     Layout("pp 2 x dp 2 x tp 2, ZeRO 1", 8, "{pp: 2, tp: 2, zero_stage: 1}"),
-    Layout("dp 2 x stream 2 x cp 2 x ep 4", 8, "{stream: 2, cp: 2, ep: 4, zero_stage: 0}"),
 )
 OF_THE_PLAIN = ("dp 2, plain torch", "tp 2", "pp 2, 1f1b")
 """What is also measured with the plain model."""

@@ -1,6 +1,6 @@
 """What each axis of a layout costs: step times, bubbles of the pipeline schedules, bytes, and a slow link between two hosts.
 
-`python -m benchmarks parallel [--part layouts bubble bytes hosts] [--steps 5] [--rate 500mbit]`. Parts:
+`python -m benchmarks parallel [--part layouts bubble bytes hosts] [--steps 3] [--rate 200mbit]`. Parts:
 
 - layouts: step time and CPU seconds of one model by layout on 1 to 8 gloo ranks. Runs are the command that users start. Where ranks share
   cores the step time says little, and CPU seconds of all ranks over those of one process tell what the layout adds.
@@ -103,12 +103,12 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks parallel", description=__doc__.split("\n", 1)[0])
     names = ("layouts", "bubble", "bytes", "hosts")
     parser.add_argument("--part", nargs="+", choices=names, default=names, help="what to measure; default: everything")
-    parser.add_argument("--steps", type=int, default=5, help="steps that are measured, behind warm-up")
-    parser.add_argument("--rate", default="500mbit", help="of the slow link, as tc writes it")
+    parser.add_argument("--steps", type=int, default=3, help="steps that are measured, behind warm-up")
+    parser.add_argument("--rate", default="200mbit", help="of the slow link, as tc writes it")
     options = parser.parse_args(arguments)
     measures: dict[str, Callable[[], Table]] = {
         "layouts": lambda: layouts_table(options.steps),
-        "bubble": lambda: bubble_table(min(options.steps, 3)),  # sleeps vary little
+        "bubble": lambda: bubble_table(options.steps),
         "bytes": lambda: bytes_table(options.steps),
         "hosts": lambda: hosts_table(options.steps, options.rate),
     }

@@ -35,8 +35,13 @@ def gather_rows(x: Tensor, ranks: int, group: str) -> Tensor:
 @torch.library.custom_op("megascale::scatter_sum", mutates_args=())
 def scatter_sum(x: Tensor, ranks: int, group: str) -> Tensor:
     """Partial sums of all rows -> the whole sum of this rank's rows, 1/R of them. Backward: `gather_rows`."""
+    process_group, x = _group(group), x.contiguous()
+    if dist.get_backend(process_group) == "gloo":  # its reduce-scatter is an all-reduce (torch 2.13), which sends twice as much
+        parts = torch.empty_like(x)
+        dist.all_to_all_single(parts, x, group=process_group)
+        return parts.unflatten(0, (ranks, x.shape[0] // ranks)).sum(0)
     out = x.new_empty(x.shape[0] // ranks, *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=_group(group))
+    dist.reduce_scatter_tensor(out, x, group=process_group)
     return out
 
 

@@ -15,6 +15,7 @@ from ledgers import ledger_of_a_step
 from megascale.config.schema import Model, Parallel
 from megascale.parallel import plain
 from megascale.parallel.charge import charged_to
+from megascale.parallel.collectives import scatter_sum
 from megascale.parallel.ledger import Entry, Ledger
 from megascale.parallel.mesh import STAGE, open_mesh
 from ranks import RankPool
@@ -154,3 +155,16 @@ def test_gradients_are_exposed_unless_a_backward_pass_goes_on(
     for sent, exposed in ranks.run(gradients_of_a_step, settings, 1, world_size=world):
         # a bucket for each parameter; the embedding's gradient comes last. Stages end at different times: none is hidden
         assert exposed == (sent if pp > 1 else 300 * 32 * 4)
+
+
+def a_scattered_sum(rank: int, size: int) -> list[float]:
+    group = dist.group.WORLD
+    assert group is not None
+    x = torch.arange(2.0 * size)[:, None] * 10**rank
+    with mock.patch.object(dist, "reduce_scatter_tensor", side_effect=AssertionError("gloo's is an all-reduce")):
+        return scatter_sum(x, size, group.group_name).flatten().tolist()
+
+
+def test_gloo_sends_what_a_reduce_scatter_should(ranks: RankPool) -> None:
+    """All-to-all and a sum, half of what its own would send."""
+    assert ranks.run(a_scattered_sum, world_size=4) == [[row * 1111.0 for row in (2 * rank, 2 * rank + 1)] for rank in range(4)]
