@@ -171,6 +171,7 @@ class LayoutRun:
         """
         if any(process.wait(timeout=600) for process in self.processes):
             self.fail()
+        print(f"{self.name}: {seconds(self.records()):.3f} s", flush=True)
         return self.records()
 
     def fail(self) -> None:
