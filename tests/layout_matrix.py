@@ -45,6 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "context": ("-", "all_gather", "ulysses"),
     "tp": ("1", "2"),
     "ep": ("1", "2", "4"),
+    "etp": ("1", "2"),
     "zero": ("0", "1", "2", "3"),
     "recompute": ("none", "layer"),
     "router": ("softmax", "sigmoid", "s_base", "rl_r", "hash"),
@@ -59,7 +60,7 @@ def ranks_of(choice: Choice) -> int:
 
 def settings_of(choice: Choice) -> tuple[str, ...]:
     """Overrides of a run in this layout."""
-    values = {axis: choice[axis] for axis in ("dp", "stream", "tp", "ep", "recompute")} | {"zero_stage": choice["zero"]}
+    values = {axis: choice[axis] for axis in ("dp", "stream", "tp", "ep", "etp", "recompute")} | {"zero_stage": choice["zero"]}
     if choice["pipeline"] != "-":
         values |= {"pp": "2", "schedule": choice["pipeline"]}
     if choice["pipeline"] in SEVERAL_STAGES:
@@ -207,7 +208,7 @@ def way_of(choice: Choice) -> tuple[int, tuple[str, ...]]:
 def short(choice: Choice) -> str:
     """A layout in few words."""
     plain = {"-", "none"}
-    words = [f"{axis}{choice[axis]}" for axis in ("dp", "stream", "tp", "ep") if choice[axis] != "1"]
+    words = [f"{axis}{choice[axis]}" for axis in ("dp", "stream", "tp", "ep", "etp") if choice[axis] != "1"]
     words += [choice[name] for name in ("pipeline", "context") if choice[name] not in plain]
     words += [f"ZeRO {choice['zero']}"] + ["recompute"] * (choice["recompute"] != "none")
     return ", ".join(words)
