@@ -1,8 +1,6 @@
 """`python -m megascale VERB ...`, the same as `megascale VERB ...`; also under torchrun."""
 
-import sys
-
-from megascale.cli import main
+from megascale.cli import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from megascale.config.errors import InputError
 
@@ -48,3 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not error.told:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; if it had a process group, without tearing the interpreter down.
+
+    gloo's threads live as long as anything refers to their group (DeepSpeed does for ever), and take the interpreter's lock when they let
+    go of a tensor. A thread that does so while the interpreter ends is cancelled amid C++ that cannot be unwound, and aborts the
+    process ("terminate called without an active exception"): rarely, and behind a run that was done.
+    """
+    launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
+    if not launched or "torch.distributed" not in sys.modules:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

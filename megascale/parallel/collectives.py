@@ -19,6 +19,10 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from megascale.model.exchange import Exchange, OrderedExchange, unit_range
 
+# torch 2.13 has new names for two collectives and warns of the old ones
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def _group(name: str) -> dist.ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]
@@ -28,7 +32,7 @@ def _group(name: str) -> dist.ProcessGroup:
 def gather_rows(x: Tensor, ranks: int, group: str) -> Tensor:
     """Each rank's rows -> the rows of all R ranks, in rank order. Backward: `scatter_sum`."""
     out = x.new_empty(ranks * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), _group(group))
+    _all_gather(out, x.contiguous(), _group(group))
     return out
 
 
@@ -41,7 +45,7 @@ def scatter_sum(x: Tensor, ranks: int, group: str) -> Tensor:
         dist.all_to_all_single(parts, x, group=process_group)
         return parts.unflatten(0, (ranks, x.shape[0] // ranks)).sum(0)
     out = x.new_empty(x.shape[0] // ranks, *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x, group=process_group)
+    _reduce_scatter(out, x, group=process_group)
     return out
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ledgers import ledger_of_a_step
 from megascale.config.schema import Model, Parallel
-from megascale.parallel import plain
+from megascale.parallel import collectives, plain
 from megascale.parallel.charge import charged_to
 from megascale.parallel.collectives import scatter_sum
 from megascale.parallel.ledger import Entry, Ledger
@@ -161,7 +161,7 @@ def a_scattered_sum(rank: int, size: int) -> list[float]:
     group = dist.group.WORLD
     assert group is not None
     x = torch.arange(2.0 * size)[:, None] * 10**rank
-    with mock.patch.object(dist, "reduce_scatter_tensor", side_effect=AssertionError("gloo's is an all-reduce")):
+    with mock.patch.object(collectives, "_reduce_scatter", side_effect=AssertionError("gloo's is an all-reduce")):
         return scatter_sum(x, size, group.group_name).flatten().tolist()
 
 

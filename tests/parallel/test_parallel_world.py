@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 from torch.distributed import HashStore
@@ -10,6 +13,7 @@ from torch.distributed import HashStore
 from megascale.config.errors import InputError
 from megascale.parallel.agreement import Claim
 from megascale.parallel.world import choose_interface, rank_variables, start_world
+from runs import ROOT
 
 TORCHRUN = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
 DEEPSPEED = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_SIZE": "8"}
@@ -84,3 +88,24 @@ def test_an_interface_chosen_by_the_user_stays() -> None:
     environment = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "ib0"}
     choose_interface(HashStore(), 0, 1, environment)
     assert environment["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+LEAVING = """
+import atexit, sys, torch.distributed
+from megascale.cli import leave
+class Torn:
+    def __del__(self): print("torn down")
+kept = Torn()
+atexit.register(lambda: print("handled"))
+sys.stdout.write("written, ")
+leave(85)
+"""
+
+
+@pytest.mark.parametrize(("launched", "torn"), [({"RANK": "0"}, ""), ({}, "torn down\n")], ids=["a rank", "alone"])
+def test_a_rank_leaves_behind_its_exit_handlers_with_its_code_and_is_not_torn_down(launched: dict[str, str], torn: str) -> None:
+    outer = {name: value for name, value in os.environ.items() if name not in ("RANK", "SLURM_PROCID")}
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING], env=outer | launched, capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (85, f"written, handled\n{torn}"), done.stderr
