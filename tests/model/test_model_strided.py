@@ -147,7 +147,7 @@ def test_the_cache_grows_by_kept_tokens_alone() -> None:
     tokens = packed_batch([[11], [11]]).tokens
     for start, stop in [(0, 5), *((i, i + 1) for i in range(5, 11))]:
         decoder.decode(tokens[:, start:stop], cache)
-        stored = [int(keys.abs().amax((0, 2, 3)).gt(0).sum()) for keys, _ in cache.pairs]
+        stored = [int(keys.abs().amax((0, 2, 3)).gt(0).sum()) for keys, _ in cache.pairs.values()]
         assert stored == [stop, -(-stop // 3), -(-stop // 3), stop]
 
 
