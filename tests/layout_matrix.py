@@ -24,7 +24,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from corpora import build_corpus  # noqa: E402
-from layouts import ADAMW, CUT_ALL, Result, change, problems, train  # noqa: E402
+from layouts import ADAMW, CUT_ALL, References, Result, change, problems, train  # noqa: E402
 from megascale.config.checks import check  # noqa: E402
 from megascale.config.errors import InputError  # noqa: E402
 from megascale.config.load import load_config  # noqa: E402
@@ -172,29 +172,20 @@ class Bench:
 
     def __init__(self, folder: Path):
         self.folder, self.corpus, self.pool = folder, build_corpus(folder / "words"), RankPool()
-        self.references: dict[tuple[str, int], Result] = {}
-
-    def reference(self, router: str, steps: int) -> Result:
-        """The run of one process."""
-        key = (router, steps)
-        if key not in self.references:
-            settings = (*COMMON, f"model.experts.router={router}")
-            name = f"one-{router}-{steps}"
-            self.references[key] = train(self.pool, self.folder, self.corpus, 1, name, *settings, steps=steps)
-        return self.references[key]
+        self.one = References(self.pool, folder, self.corpus, *COMMON)
 
     def layout(self, choice: Choice, number: int) -> tuple[str, bool]:
         """A row of the page, and whether the layout keeps the rule."""
         world, settings = way_of(choice)
         found = train(self.pool, self.folder, self.corpus, world, f"layout-{number}", *settings)
-        reference = self.reference(choice["router"], 3)
+        reference = self.one(router_of(choice))
         wrong, (curve, way) = problems(found, reference), distance(found, reference)
         return f"| {world} | " + " | ".join(choice.values()) + f" | {curve:.0e} | {way:.0e} | {'; '.join(wrong)} |", not wrong
 
     def change(self, first: Choice, second: Choice, number: int) -> tuple[str, bool]:
         """A row of the page of changes, and whether the pair keeps the rule."""
         found, other = change(self.pool, self.folder, self.corpus, way_of(first), way_of(second), f"change-{number}")
-        reference = self.reference(first["router"], 5)
+        reference = self.one(router_of(first), steps=5)
         wrong, (curve, way) = problems(found, reference), distance(found, reference)
         cells = (short(first), short(second), first["router"], str(len(other)), f"{curve:.0e}", f"{way:.0e}", "; ".join(wrong))
         return f"| {' | '.join(cells)} |", not wrong and not other

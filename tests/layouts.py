@@ -85,6 +85,22 @@ def train(
     return Result(losses(records), records, start, end)
 
 
+class References:
+    """Runs of one process with some settings in common, each trained when first asked for."""
+
+    def __init__(self, ranks: RankPool, folder: Path, corpus: Path, *common: str):
+        self.ranks, self.folder, self.corpus, self.common = ranks, folder, corpus, common
+        self.results: dict[tuple[str, ...], Result] = {}
+
+    def __call__(self, *settings: str, steps: int = 3) -> Result:
+        """The run with these settings besides."""
+        key = (*settings, str(steps))
+        if key not in self.results:
+            name = f"one-{len(self.results)}"
+            self.results[key] = train(self.ranks, self.folder, self.corpus, 1, name, *self.common, *settings, steps=steps)
+        return self.results[key]
+
+
 def load_and_save(rank: int, size: int, settings: dict[str, Any], folder: str) -> int:
     """Resumes the run and saves what it has into another folder; the step it stands at."""
     run = Run(Config.model_validate(settings), one_process(rank, size))

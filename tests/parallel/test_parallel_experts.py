@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layouts import ADAMW, SGD_LIKE, Result, change, full_unless, problems, train
+from layouts import ADAMW, SGD_LIKE, References, change, full_unless, problems, train
 from megascale.config.schema import Config, Model, Parallel
 from megascale.model.layers import SwiGLU
 from megascale.model.routing import Experts
@@ -43,24 +43,9 @@ LAYOUTS = {
 """Name -> ranks, settings. dp is what is left of the world."""
 
 
-class References:
-    """Runs of one process, each trained when first asked for."""
-
-    def __init__(self, ranks: RankPool, folder: Path, corpus: Path):
-        self.ranks, self.folder, self.corpus = ranks, folder, corpus
-        self.results: dict[tuple[str, ...], Result] = {}
-
-    def __call__(self, *settings: str, steps: int = 3) -> Result:
-        key = (*settings, str(steps))
-        if key not in self.results:
-            name = f"one-{len(self.results)}"
-            self.results[key] = train(self.ranks, self.folder, self.corpus, 1, name, MODEL, *settings, steps=steps)
-        return self.results[key]
-
-
 @pytest.fixture(scope="module")
 def one(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> References:
-    return References(ranks, tmp_path_factory.mktemp("one"), tiny_corpus)
+    return References(ranks, tmp_path_factory.mktemp("one"), tiny_corpus, MODEL)
 
 
 @pytest.mark.slow

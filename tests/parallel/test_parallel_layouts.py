@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from layouts import ADAMW, SGD_LIKE, SPOILED, Result, change, full_unless, problems, train
+from layouts import ADAMW, SGD_LIKE, SPOILED, References, Result, change, full_unless, problems, train
 from ranks import RankPool
 
 MODEL = "model={width: 32, layers: 4, heads: 4, kv_heads: 2, ffn_width: 64}"
@@ -25,24 +25,9 @@ LAYOUTS = {
 """Name -> ranks, settings. dp is what is left of the world."""
 
 
-class References:
-    """Runs of one process, each trained when first asked for."""
-
-    def __init__(self, ranks: RankPool, folder: Path, corpus: Path):
-        self.ranks, self.folder, self.corpus = ranks, folder, corpus
-        self.results: dict[tuple[str, ...], Result] = {}
-
-    def __call__(self, *settings: str, steps: int = 3) -> Result:
-        key = (*settings, str(steps))
-        if key not in self.results:
-            name = f"one-{len(self.results)}"
-            self.results[key] = train(self.ranks, self.folder, self.corpus, 1, name, MODEL, *settings, steps=steps)
-        return self.results[key]
-
-
 @pytest.fixture(scope="module")
 def one(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> References:
-    return References(ranks, tmp_path_factory.mktemp("one"), tiny_corpus)
+    return References(ranks, tmp_path_factory.mktemp("one"), tiny_corpus, MODEL)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from layouts import ADAMW, Result, problems, saved, train
+from layouts import ADAMW, References, Result, problems, saved, train
 from megascale.checkpoint.weights import BUFFERS
 from ranks import RankPool
 
@@ -36,23 +36,9 @@ ROUTERS = {
 }
 
 
-class References:
-    """Runs of one process, each trained when first asked for."""
-
-    def __init__(self, ranks: RankPool, folder: Path, corpus: Path):
-        self.ranks, self.folder, self.corpus = ranks, folder, corpus
-        self.results: dict[tuple[str, ...], Result] = {}
-
-    def __call__(self, *settings: str) -> Result:
-        if settings not in self.results:
-            name = f"one-{len(self.results)}"
-            self.results[settings] = train(self.ranks, self.folder, self.corpus, 1, name, MODEL, *ADAMW, *settings)
-        return self.results[settings]
-
-
 @pytest.fixture(scope="module")
 def one(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> References:
-    return References(ranks, tmp_path_factory.mktemp("one"), tiny_corpus)
+    return References(ranks, tmp_path_factory.mktemp("one"), tiny_corpus, MODEL, *ADAMW)
 
 
 @pytest.mark.slow

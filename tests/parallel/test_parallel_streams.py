@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from layouts import ADAMW, SGD_LIKE, Result, problems, train
+from layouts import ADAMW, SGD_LIKE, References, problems, train
 from megascale.config.checks import check
 from megascale.config.errors import InputError
 from megascale.config.load import load_config
@@ -27,23 +27,9 @@ LAYOUTS = {
 """Name -> ranks, settings of parallel."""
 
 
-class References:
-    """Runs of one process that keeps everything, each trained when first asked for."""
-
-    def __init__(self, ranks: RankPool, folder: Path, corpus: Path):
-        self.ranks, self.folder, self.corpus = ranks, folder, corpus
-        self.results: dict[tuple[str, ...], Result] = {}
-
-    def __call__(self, *settings: str) -> Result:
-        if settings not in self.results:
-            name = f"one-{len(self.results)}"
-            self.results[settings] = train(self.ranks, self.folder, self.corpus, 1, name, MODEL, *settings)
-        return self.results[settings]
-
-
 @pytest.fixture(scope="module")
 def one(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> References:
-    return References(ranks, tmp_path_factory.mktemp("one"), tiny_corpus)
+    return References(ranks, tmp_path_factory.mktemp("one"), tiny_corpus, MODEL)
 
 
 def parallel(settings: str) -> str:
