@@ -10,6 +10,9 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# The oldest and the newest supported Triton: its kernels are interpreted and compiled with each, beside the environment, where torch has
+# none on a CPU and its own on a GPU.
+TRITONS := 3.6.0 3.9.0
 SPECIFICATION := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
@@ -34,7 +37,7 @@ speedrun: .venv/stamp
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/pretrain.py --config configs/runs/speedrun.yaml
 	@$(BIN)/megascale report runs/speedrun
 
-test: lint
+test: lint $(TRITONS:%=.venv/triton-%)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: .venv/stamp-dev
@@ -75,3 +78,7 @@ $(BIN)/python:
 .venv/stamp-dev: .venv/stamp
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dashboard,dev]"
 	@touch $@
+
+.venv/triton-%: | .venv/stamp
+	@$(PIP) install --no-deps --target $@.part triton==$* && mv $@.part $@ || \
+	  { rm -rf $@.part; echo "triton $* could not be installed here: the tests that need it are skipped"; }
