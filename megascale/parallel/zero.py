@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from megascale.parallel.mesh import DATA, Mesh, Ranks
 from megascale.parallel.zero_partition import CutAcross, CutEach, Partition, Segment
 from megascale.parallel.zero_ranges import flat_rectangles
 from megascale.parallel.zero_start import start_deepspeed
+from megascale.parallel.zero_traffic import overlaps, reduction_order
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state beside its count of steps."""
@@ -36,7 +38,8 @@ class ZeroEngine:
     """fp32 gradients, fp32 masters and AdamW sharded over the data-parallel ranks, for experts over those with the same experts.
 
     The model is run as it is, never through DeepSpeed's engine object, so that pipeline schedules may run it too. Gradients stay whole on
-    each rank until the last micro-batch, at every stage: schedules run several backward passes at a time.
+    each rank until the last micro-batch, at every stage: schedules run several backward passes at a time. Without a pipeline they are
+    reduced while the last backward pass runs, in one order on all ranks, whatever order they become final in.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class ZeroEngine:
         self._find_peers()
         self._start(model, config, stage, passthrough)
         self._adopt(weights)
+        self._order_gradients(overlaps(mesh, passthrough))
 
     def _find_peers(self) -> None:
         """Names of parameters by the ranks whose gradients have to be summed before ZeRO's reduction."""
@@ -82,6 +86,28 @@ class ZeroEngine:
             if len(peers) > 1:
                 self.peers.setdefault(peers, []).append(name)
         self.peers = dict(sorted(self.peers.items()))  # one order on all ranks, or they would wait for each other
+
+    def _order_gradients(self, overlap: bool) -> None:
+        """In which order DeepSpeed is given gradients, one on all ranks, and how many of them as soon as they are final."""
+        self.order, self.early = reduction_order(self.trained, set(chain.from_iterable(self.peers.values())), overlap)
+        self.last_micro_batch = self.begun = False
+        self.waiting: set[str] = set()
+        self.given = 0
+        for name in self.order[: self.early]:
+            self.trained[name].register_post_accumulate_grad_hook(partial(_tell, weakref.ref(self), name))
+
+    def gradient_final(self, name: str) -> None:
+        """This gradient is final in this backward pass."""
+        if not self.last_micro_batch:
+            return
+        self.waiting.discard(name)
+        with charged_to("dp", hidden=bool(self.waiting)):
+            while self.given < self.early and self.order[self.given] not in self.waiting:
+                self._give_next()
+
+    def _give_next(self) -> None:
+        self.cut.give(self.trained[self.order[self.given]])
+        self.given += 1
 
     def _same_data(self, rank: int) -> bool:
         place, mine = self.mesh.layout.place(rank), self.mesh.place
@@ -108,7 +134,6 @@ class ZeroEngine:
         self.cut: CutAcross | CutEach
         self.cut = CutEach(self.deepspeed, names, _tied(model)) if stage == 3 else CutAcross(self.deepspeed, names)
         self.adamw: torch.optim.Optimizer = self.deepspeed.optimizer.optimizer
-        self.reduction: AbstractContextManager[None] | None = None
         self.gradients: list[Tensor] = []
 
     @property
@@ -127,18 +152,18 @@ class ZeroEngine:
     def begin(self) -> None:
         """See `Engine`."""
         self.cut.begin()
-        self.reduction = self.deepspeed.coalesce_grad_reduction()
-        self.reduction.__enter__()
+        self.begun, self.last_micro_batch, self.given = True, False, 0
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """See `Engine`. The reduction starts in `gradient_norm`, whatever `last` says."""
+        """See `Engine`."""
+        self.last_micro_batch, self.waiting = last, set(self.order[: self.early])
         loss.backward()
 
     def _sum_over_holders(self) -> None:
         """Sum gradients over all holders; of the result each rank keeps its partition."""
-        for parameter in self.trained.values():
-            if parameter.grad is None:  # a rank that reduced fewer parameters than the others would pair them wrongly
-                self.cut.zero_gradient(parameter)
+        for name in self.order[self.given :]:
+            if self.trained[name].grad is None:  # a rank that reduced fewer parameters than the others would pair them wrongly
+                self.cut.zero_gradient(self.trained[name])
         for ranks, names in self.peers.items():
             gradients = [gradient for name in names if (gradient := self.trained[name].grad) is not None]
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -150,10 +175,13 @@ class ZeroEngine:
         self.gradients = self.cut.gradients()
 
     def _close(self) -> None:
-        assert self.reduction is not None, "begin comes first"
+        """Reduce what is not reduced yet."""
+        assert self.begun, "begin comes first"
         with charged_to("dp"):
-            self.reduction.__exit__(None, None, None)
-        self.reduction = None
+            while self.given < len(self.order):
+                self._give_next()
+            self.cut.finish()
+        self.begun = False
 
     def gradient_norm(self) -> float:
         """See `Engine`."""
@@ -191,10 +219,10 @@ class ZeroEngine:
 
     def skip(self) -> None:
         """See `Engine`."""
+        if self.begun:
+            self._sum_over_holders()  # what was given to DeepSpeed already, it has to finish
         for parameter in self.trained.values():
             parameter.grad = None
-        if self.reduction is not None:
-            self._close()
         self.gradients = []
         self.cut.forget()
 
@@ -289,6 +317,13 @@ class ZeroEngine:
                 "continue with parallel.zero_stage=0",
             )
         return torch.tensor(next(iter(steps.values())), device=partition.master.device)
+
+
+def _tell(engine: weakref.ref[ZeroEngine], name: str, _parameter: Tensor) -> None:
+    """A gradient is final; see `plain._tell`."""
+    living = engine()
+    if living is not None:
+        living.gradient_final(name)
 
 
 def _tied(model: nn.Module) -> bool:

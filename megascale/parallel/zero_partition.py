@@ -51,6 +51,8 @@ class CutAcross:
         # It stages gradients in the dtype of the first parameter; ours are fp32 throughout.
         self.optimizer.dtype = torch.float32
         self.optimizer.use_separate_grad_accum = self.optimizer.use_grad_accum_attribute = False
+        self.optimizer._coalesce_grad_reduction = True  # its hooks reduce nothing: gradients are given to it
+        self.groups = {id(p): i for i, group in enumerate(self.optimizer.bit16_groups) for p in group}
         self.partitions = [self._partition(i, names) for i in range(len(self.optimizer.bit16_groups))]
 
     def _partition(self, i: int, names: Mapping[int, str]) -> Partition:
@@ -74,6 +76,16 @@ class CutAcross:
     def zero_gradient(self, parameter: nn.Parameter) -> None:
         """Give a parameter without a gradient one of zeros."""
         parameter.grad = torch.zeros(parameter.shape, device=parameter.device)
+
+    def give(self, parameter: nn.Parameter) -> None:
+        """Reduce this parameter's gradient, as soon as a bucket is full."""
+        self.optimizer.setup_buckets()
+        self.optimizer.set_gradient_accumulation_boundary(True)
+        self.optimizer.reduce_independent_p_g_buckets_and_remove_grads(parameter, self.groups[id(parameter)])
+
+    def finish(self) -> None:
+        """Reduce the last bucket: all gradients were given."""
+        self.optimizer.overlapping_partition_gradients_reduce_epilogue()
 
     def gradients(self) -> list[Tensor]:
         """The reduced gradients of the partitions, flat; the next step uses these very tensors."""
@@ -106,6 +118,7 @@ class CutEach:
 
     def __init__(self, engine: Any, names: Mapping[int, str], tied: bool):
         self.optimizer = engine.optimizer
+        self.optimizer._coalesce_grad_reduction = True  # its hooks reduce nothing: gradients are given to it
         self.offload = self.optimizer.parameter_offload
         # DeepSpeed's own norm costs a host synchronisation a group, and nobody reads it.
         self.optimizer._get_norm_groups = lambda: [torch.zeros(())]
@@ -138,6 +151,14 @@ class CutEach:
         parameter.data = held.new_zeros(1).expand(parameter.ds_shape) if parameter.ds_shape else held.new_zeros(())
         parameter.grad = torch.zeros(parameter.ds_shape, device=held.device)
         parameter.data = held
+
+    def give(self, parameter: nn.Parameter) -> None:
+        """Reduce this parameter's gradient, as soon as a bucket is full."""
+        self.optimizer.reduce_independent_p_g_buckets_and_remove_grads(parameter)
+
+    def finish(self) -> None:
+        """Reduce the last bucket: all gradients were given."""
+        self.optimizer.independent_gradient_partition_epilogue()
 
     def gradients(self) -> list[Tensor]:
         """The reduced gradients of the partitions, flat; the next step uses these very tensors.

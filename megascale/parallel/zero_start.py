@@ -19,9 +19,7 @@ from torch import nn
 
 from megascale.config.errors import InputError
 from megascale.parallel.mesh import DATA, Mesh, Ranks
-
-BUCKET = 2**25
-"""Gradient elements reduced by one collective: 128 MiB. DeepSpeed's default would allocate 2 GB for it."""
+from megascale.parallel.zero_traffic import BUCKET, overlaps
 
 
 class _DataGroup:
@@ -66,8 +64,9 @@ def process_group(mesh: Mesh, ranks: Ranks) -> dist.ProcessGroup:
     return alone
 
 
-def settings(stage: int, passthrough: Mapping[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's config: what the user passes through, and what the adapter depends on.
+def settings(stage: int, passthrough: Mapping[str, Any], overlap: bool) -> dict[str, Any]:
+    """DeepSpeed's config: what the user passes through, and what the adapter depends on. `overlap`: gradients are given to it while a
+    backward pass runs, so it reduces them beside (with a second bucket).
 
     Raises:
         InputError: the user sets something that the adapter depends on.
@@ -97,7 +96,7 @@ def settings(stage: int, passthrough: Mapping[str, Any]) -> dict[str, Any]:
     taken = [*(given.keys() & ours.keys()), *(f"zero_optimization.{key}" for key in given_zero.keys() & zero.keys())]
     if taken:
         raise InputError(f"engine.deepspeed.{min(taken)}", "megascale's engine depends on its own value", "remove it")
-    defaults = {"reduce_bucket_size": BUCKET, "overlap_comm": stage == 3}
+    defaults = {"reduce_bucket_size": BUCKET, "overlap_comm": overlap}
     return {**given, **ours, "zero_optimization": {**defaults, **given_zero, **zero}}
 
 
@@ -213,7 +212,7 @@ def start_deepspeed(
         ranks = option.pop("ranks")
         option |= {"moe": ranks in names, "name": names.get(ranks, "data")}
     optimizer = torch.optim.AdamW(options, betas=betas, eps=eps, fused=True)
-    config = settings(stage, passthrough)
+    config = settings(stage, passthrough, overlaps(mesh, passthrough))
     mpu = _DataGroup(data, group)
     try:
         DeepSpeedConfig(dict(config), mpu)

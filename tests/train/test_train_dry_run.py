@@ -108,6 +108,34 @@ def test_zero_sends_what_the_arithmetic_says(ranks: RankPool, tmp_path: Path, ti
             assert float(found[key]) == pytest.approx(float(size), rel=0.02), key
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "overlaps"),
+    [
+        ("{zero_stage: 1}", True),
+        ("{zero_stage: 2, tp: 2, ep: 2}", True),
+        ("{zero_stage: 3}", True),
+        ("{zero_stage: 1, pp: 2}", False),
+    ],
+)
+def test_zero_reduces_full_buckets_while_the_last_backward_pass_runs(
+    ranks: RankPool, tmp_path: Path, tiny_corpus: Path, overrides: str, overlaps: bool
+) -> None:
+    """What it cannot hide, the last bucket and what other ranks have too, the arithmetic knows."""
+    zero = "engine.deepspeed={zero_optimization: {reduce_bucket_size: 4096}}"
+    settings = (*FOUR_LAYERS, BATCH, f"parallel={overrides}", zero)
+
+    def gradients(entries: list[Entry]) -> tuple[float, float]:
+        reduced = [e for e in entries if e.axis == "dp" and e.kind in ("all-reduce", "reduce-scatter")]
+        return float(sum(e.sent for e in reduced)), float(sum(e.exposed for e in reduced))
+
+    real = ranks.run(ledger_of_a_step, tiny_config(tmp_path, tiny_corpus, *settings).model_dump(), world_size=4)
+    for report in dry_run(write_config(tmp_path, tiny_corpus), settings, 4).ranks:
+        sent, exposed = gradients(real[report.rank])
+        assert exposed < sent / 2 if overlaps else exposed == sent
+        assert gradients(report.sent) == (pytest.approx(sent, rel=0.02), pytest.approx(exposed, rel=0.02))
+
+
 @pytest.mark.parametrize(
     "parallel",
     [
