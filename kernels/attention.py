@@ -18,74 +18,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Pair = tuple[Tensor, Tensor]
+from megascale.kernels.flash import (
+    Pair,
+    flash_backward,
+    flash_forward,
+    has_flash,
+    math_forward,
+    packed_flash_backward,
+    packed_flash_forward,
+)
+
 Context = tuple[Tensor, Tensor, Tensor]
 """Keys, values and spans, see above."""
-
-
-def _math_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Pair:
-    """Plain attention of [B,H,S,D] with [B,G,N,D]; mask [S,N] is True where visible. Returns out and lse [B,H,S], fp32 or wider."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = _wide(q) @ _wide(k).transpose(-1, -2) * q.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    lse = scores.logsumexp(-1)
-    return ((scores - lse[..., None]).exp() @ _wide(v)).to(q.dtype), lse
-
-
-def _math_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_math_forward` for a given (out, lse), which may be those of a larger softmax."""
-    heads, groups, scale = q.shape[1], k.shape[1], q.shape[-1] ** -0.5
-    wide_k, wide_v = (_wide(x).repeat_interleave(heads // groups, 1) for x in (k, v))
-    scores = _wide(q) @ wide_k.transpose(-1, -2) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = (scores - lse[..., None]).exp()
-    inner = _wide(grad) @ wide_v.transpose(-1, -2) - (_wide(grad) * _wide(out)).sum(-1, keepdim=True)
-    grad_scores = weights * inner * scale
-    grad_k, grad_v = grad_scores.transpose(-1, -2) @ _wide(q), weights.transpose(-1, -2) @ _wide(grad)
-    fold = (q.shape[0], groups, heads // groups, *grad_k.shape[2:])
-    return (grad_scores @ wide_k).to(q.dtype), grad_k.view(fold).sum(2).to(k.dtype), grad_v.view(fold).sum(2).to(v.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _window_mask(rows: int, window: int, device: torch.device) -> Tensor:
-    """[rows, rows], True where a query sees a key: itself and the window - 1 tokens before it."""
-    distance = torch.arange(rows, device=device)[:, None] - torch.arange(rows, device=device)
-    return (distance >= 0) & (distance < window)
-
-
-def _limited_mask(q: Tensor, window: int) -> Tensor:
-    """The window as the CPU kernel takes it: additive, fp32 or q's own width (an fp32 mask with fp64 q is misread in silence)."""
-    mask = torch.zeros(q.shape[2], q.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
-    return mask.masked_fill_(~_window_mask(q.shape[2], window, q.device), float("-inf"))[None, None]
-
-
-def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int = 0) -> Pair:
-    """Attention of [B,H,S,D] with [B,G,N,D] on the device's flash kernel, or plain maths where it has none. Returns (out, lse)."""
-    limited = causal and 0 < window < q.shape[2]
-    if q.device.type == "cpu":
-        mask = _limited_mask(q, window) if limited else None
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal and not limited, attn_mask=mask)
-    mask = _window_mask(q.shape[2], window if limited else q.shape[2], q.device) if causal else None
-    return _math_forward(q, k, v, mask)
-
-
-def _flash_backward(grad, q, k, v, out, lse, causal: bool, window: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    limited = causal and 0 < window < q.shape[2]
-    if q.device.type == "cpu":
-        mask = _limited_mask(q, window) if limited else None
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, causal and not limited, attn_mask=mask
-        )
-    mask = _window_mask(q.shape[2], window if limited else q.shape[2], q.device) if causal else None
-    return _math_backward(grad, q, k, v, out, lse, mask)
 
 
 PADDING = 64
@@ -120,29 +64,10 @@ def _put(whole: Tensor, batch: Tensor, part: Tensor) -> None:
         whole[batch] = part.transpose(1, 2)
 
 
-def _uses_varlen(q: Tensor) -> bool:
-    return q.device.type != "cpu" and q.dtype in (torch.bfloat16, torch.float16)
-
-
 def _packed_forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, window: int) -> Pair:
     """out [T,H,D] and lse [T,H] of causal attention inside each document."""
-    if _uses_varlen(q):
-        left = window - 1 if window else None
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q,
-            k,
-            v,
-            borders,
-            borders,
-            longest,
-            longest,
-            0.0,
-            True,
-            False,
-            window_size_left=left,
-            window_size_right=0 if window else None,
-        )
-        return out, lse.transpose(0, 1).contiguous()
+    if has_flash(q):
+        return packed_flash_forward(q, k, v, borders, longest, window)
     out = q.new_empty(q.shape[0] + 1, *q.shape[1:])
     lse = q.new_empty(out.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     for batch in _batches(borders, q.shape[0]):
@@ -153,18 +78,13 @@ def _packed_forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: i
 
 
 def _packed_backward(grad, q, k, v, out, lse, borders: Tensor, longest: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
-    if _uses_varlen(q):
-        left = window - 1 if window else None
-        unused = torch.empty(0, device=q.device, dtype=torch.uint64)
-        return torch.ops.aten._flash_attention_backward(
-            grad, q, k, v, out, lse.transpose(0, 1).contiguous(), borders, borders, longest, longest, 0.0, True, unused, unused,
-            window_size_left=left, window_size_right=0 if window else None,
-        )  # fmt: skip
+    if has_flash(q):
+        return packed_flash_backward(grad, q, k, v, out, lse, borders, longest, window)
     grads = [x.new_empty(x.shape[0] + 1, *x.shape[1:]) for x in (q, k, v)]
     for batch in _batches(borders, q.shape[0]):
         # a padded query has no gradient, out, lse or scores: its attention weights are exp(0), its contribution is zero
         views = [_take(x, batch) for x in (grad, q, k, v, out, lse)]
-        parts = _flash_backward(views[0], views[1], views[2], views[3], views[4], views[5], True, window)
+        parts = flash_backward(views[0], views[1], views[2], views[3], views[4], views[5], True, window)
         for whole, part in zip(grads, parts, strict=True):
             _put(whole, batch, part)
     return grads[0][:-1], grads[1][:-1], grads[2][:-1]
@@ -177,12 +97,6 @@ def _spans(spans: Tensor) -> list[list[int]]:
 
 def _span_forward(q: Tensor, k: Tensor, v: Tensor) -> Pair:
     """out [m,H,D] and lse [m,H] of queries that all see all keys [n,G,D]."""
-    if _uses_varlen(q):
-        rows, keys = (torch.tensor([0, x.shape[0]], dtype=torch.int32, device=q.device) for x in (q, k))
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, rows, keys, q.shape[0], k.shape[0], 0.0, False, False
-        )  # fmt: skip
-        return out, lse.transpose(0, 1)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out, lse = flash_forward(q, k, v, False)
     return out[0].transpose(0, 1), lse[0].transpose(0, 1)
@@ -190,15 +104,8 @@ def _span_forward(q: Tensor, k: Tensor, v: Tensor) -> Pair:
 
 def _span_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
     """Gradients of `_span_forward` for the merged (out, lse)."""
-    if _uses_varlen(q):
-        rows, keys = (torch.tensor([0, x.shape[0]], dtype=torch.int32, device=q.device) for x in (q, k))
-        unused = torch.empty(0, device=q.device, dtype=torch.uint64)
-        lse = lse.transpose(0, 1).contiguous()
-        return torch.ops.aten._flash_attention_backward(
-            grad, q, k, v, out, lse, rows, keys, q.shape[0], k.shape[0], 0.0, False, unused, unused
-        )  # fmt: skip
     grad, q, k, v, out, lse = (x.transpose(0, 1)[None] for x in (grad, q, k, v, out, lse))
-    return tuple(x[0].transpose(0, 1) for x in _flash_backward(grad, q, k, v, out, lse, False))
+    return tuple(x[0].transpose(0, 1) for x in flash_backward(grad, q, k, v, out, lse, False))
 
 
 def _document_forward(
@@ -309,7 +216,7 @@ def _attention_backward(
     prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
     views = [_streams_first(x, streams) for x in (grad, out, lse)]
     by_stream = _streams_first(q, here).expand(streams, -1, -1, -1)
-    more_q, grad_prefix_k, grad_prefix_v = _flash_backward(views[0], by_stream, prefix_k, prefix_v, views[1], views[2], False)
+    more_q, grad_prefix_k, grad_prefix_v = flash_backward(views[0], by_stream, prefix_k, prefix_v, views[1], views[2], False)
     if here < streams:
         more_q = more_q.sum(0, keepdim=True, dtype=grad_q.dtype)
     _streams_first(grad_q, here).add_(more_q)
@@ -378,5 +285,5 @@ def attention_reference(
     if prefix_k is not None and prefix_v is not None:
         keys, values = torch.cat([prefix_k, keys], 2), torch.cat([prefix_v, values], 2)
         mask = torch.cat([mask.new_ones(q.shape[0], prefix_k.shape[2]), mask], 1)
-    out, _ = _math_forward(queries, keys, values, mask)
+    out, _ = math_forward(queries, keys, values, mask)
     return out.movedim(2, 0).reshape(q.shape[0], -1, q.shape[2])

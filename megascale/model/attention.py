@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.config.size import strided_layers
-from megascale.kernels.attention import attention, flash_forward, merge_by_lse
+from megascale.kernels.attention import attention, merge_by_lse
+from megascale.kernels.flash import flash_forward
 from megascale.model.exchange import Exchange, Split, identity
 from megascale.model.layers import RMSNorm, rotary_table, rotate
 from megascale.model.streams import PrefixNetwork

@@ -13,6 +13,7 @@ from megascale.config.errors import InputError
 from megascale.config.layout import SPLIT_BACKWARD, rank_of_stage, stage_count, stages_of_rank, zero_stage_of
 from megascale.config.schema import Config, Model
 from megascale.data.open_data import OpenData, open_data
+from megascale.kernels.flash import choose_flash
 from megascale.model.decoder import FP32_PARAMETERS, Decoder
 from megascale.model.initialize import start_routers
 from megascale.parallel.apply import apply, describe_dispatch
@@ -174,6 +175,9 @@ def build(
     else:
         engine = _zero_engine(stages, share, config, mesh, zero)
     say(f"engine: {f'DeepSpeed, ZeRO {zero}' if zero else 'plain torch (ZeRO 0)'}")
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    assert config.model.head_dim is not None
+    say(f"attention: {choose_flash(mesh.world.device.torch, dtype, config.model.head_dim)}")
     if config.model.experts.count > 1:
         say(f"expert dispatch: {describe_dispatch(config.model, mesh)}")
     return Parts(config, data, mesh, stages, engine, new, frozen)
