@@ -57,6 +57,7 @@ class Feature:
     """computes in bf16: the run is that of one process only as far as rounding allows"""
 
 
+BY_WIDTH = "tensor parallel, width of experts too"
 FEATURES: dict[str, Feature] = {
     "P streams": Feature(("model.streams.count=2", "model.streams.prefix_tokens=4")),
     "two phases, P = 1 first": Feature(
@@ -91,7 +92,8 @@ FEATURES: dict[str, Feature] = {
     "recompute: layer": Feature(("parallel.recompute=layer",), choice="recompute", layout=True),
     "recompute: stream": Feature(("parallel.recompute=stream",), choice="recompute", needs="P streams", layout=True),
     "data parallel": Feature((), ranks=2, layout=True),
-    "tensor + sequence parallel": Feature(("parallel.tp=2",), ranks=2, layout=True),
+    "tensor + sequence parallel": Feature(("parallel.tp=2",), choice="tensor", ranks=2, layout=True),
+    BY_WIDTH: Feature(("parallel.tp=2", "parallel.etp=2"), choice="tensor", needs="experts: softmax", ranks=2, layout=True),
     "pipeline, 1F1B": Feature(("parallel.pp=2",), choice="pipeline", ranks=2, layout=True),
     "pipeline, interleaved": Feature(
         ("parallel.pp=2", "parallel.schedule=interleaved", "parallel.virtual_stages=2"), choice="pipeline", ranks=2, layout=True
@@ -120,8 +122,9 @@ def completed(names: Collection[str]) -> tuple[str, ...]:
         needed = FEATURES[name].needs
         if needed and not any(other == needed or _alternatives(other, needed) for other in found):
             found.add(needed)
-    if "expert parallel" in found and not any(FEATURES[name].ranks > 1 and FEATURES[name].choice != "pipeline" for name in found):
-        found.add("data parallel")  # experts are spread over ranks that are there already
+    if "expert parallel" in found:  # experts are spread over ranks that are there already
+        spread = [name for name in found if FEATURES[name].ranks > 1 and FEATURES[name].choice != "pipeline" and name != BY_WIDTH]
+        found.update([] if spread else ["data parallel"])
     return tuple(name for name in FEATURES if name in found)
 
 
