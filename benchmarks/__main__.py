@@ -1,10 +1,16 @@
-"""`python -m benchmarks {step,axes,streams_memory,parallel} [options]`."""
+"""`python -m benchmarks {step,memory,axes,streams_memory,parallel} [options]`."""
 
 import sys
 
-from benchmarks import axes, parallel, step, streams_memory
+from benchmarks import axes, memory, parallel, step, streams_memory
 
-TABLES = {"step": step.main, "axes": axes.main, "streams_memory": streams_memory.main, "parallel": parallel.main}
+TABLES = {
+    "step": step.main,
+    "memory": memory.main,
+    "axes": axes.main,
+    "streams_memory": streams_memory.main,
+    "parallel": parallel.main,
+}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in TABLES:

@@ -37,6 +37,49 @@ def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int) -> di
     return {name: {"best_s": min(s), "median_s": statistics.median(s)} for name, s in seconds.items()}
 
 
+L2_BYTES = 256 * 2**20
+"""Written between two measurements on a GPU: more than any second-level cache."""
+
+
+def _on_gpu(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(3):
+        for run in variants.values():
+            run()
+    for _ in range(rounds):
+        for name, run in variants.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            start.record()
+            run()
+            stop.record()
+            stop.synchronize()
+            times[name].append(start.elapsed_time(stop))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def milliseconds(device: torch.device, variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Of each variant, run in turn: on a GPU the median, with nothing of it in the second-level cache; on a CPU, which others may use
+    meanwhile, the best.
+    """
+    if device.type == "cuda":
+        return _on_gpu(variants, rounds)
+    return {name: 1e3 * seconds["best_s"] for name, seconds in interleaved(variants, rounds).items()}
+
+
+def peak_allocated_mib(device: torch.device, run: Callable[[], object]) -> float | None:
+    """What a run allocates at most beside what is there before; only a GPU's allocator tells."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def _high_water_mark_mib() -> float:
     """Peak resident size of this process. Not ru_maxrss, which starts from the parent's peak."""
     status = Path("/proc/self/status").read_text()

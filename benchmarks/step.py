@@ -7,84 +7,158 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from benchmarks.measure import interleaved, peak_memory_mib, print_table, write_result
+from benchmarks.measure import milliseconds, peak_allocated_mib, peak_memory_mib, print_table, write_result
 from megascale.config.resolve import resolve
 from megascale.config.schema import AltUp, Config, Experts, Model, Streams
 from megascale.model.accounting import flops_per_token
 from megascale.model.decoder import Decoder
 from megascale.model.initialize import initialize
 from megascale.model.loss import LossKernels
+from megascale.observe.throughput import peak_flops
+from megascale.parallel.recompute import apply_recompute
 from megascale.train.build import cast
 
-VOCABULARY = 4096
+
+@dataclass(frozen=True)
+class Shape:
+    """The dense decoder that everything is compared with, and its batch."""
+
+    width: int
+    layers: int
+    vocabulary: int
+    batch: int
+    """sequences"""
+    length: int
+    """tokens per sequence"""
+    precision: str
+    device: str
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Options of a shape; what is not given is small on a CPU, and a model of 1.5 B parameters on a GPU."""
+        for name, text in (("width", ""), ("layers", ""), ("vocabulary", ""), ("batch", "sequences"), ("length", "tokens each")):
+            parser.add_argument(f"--{name}", type=int, help=text)
+        parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+        parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+
+    @classmethod
+    def of(cls, given: argparse.Namespace) -> Shape:
+        """The shape that options describe."""
+        names = ("width", "layers", "vocabulary", "batch", "length")
+        default = dict(zip(names, (2048, 24, 32768, 8, 4096) if given.device == "cuda" else (512, 4, 4096, 8, 512), strict=True))
+        chosen = {name: default[name] if getattr(given, name) is None else getattr(given, name) for name in names}
+        return cls(**chosen, precision=given.precision, device=given.device)
+
+    @property
+    def sequences(self) -> dict[str, int]:
+        """Of each model's batch where it is another than the plain one's: with eight streams eight times as much happens to a token."""
+        return {"P=8": max(self.batch // 8, 1)}
 
 
-def plain(width: int, layers: int) -> Model:
-    """The dense decoder that everything is compared with."""
-    return Model(vocab_size=VOCABULARY, width=width, layers=layers, heads=width // 64)
+def plain(shape: Shape) -> Model:
+    """The dense decoder."""
+    return Model(
+        vocab_size=shape.vocabulary,
+        width=shape.width,
+        layers=shape.layers,
+        heads=shape.width // (128 if shape.width >= 2048 else 64),
+    )
 
 
-def axes(model: Model) -> dict[str, Model]:
-    """The plain model and one with each axis, and with all."""
-    streams, altup = Streams(count=2, prefix_tokens=48), AltUp(blocks=2)
-    experts = Experts(count=8, width=resolve(Config(model=model)).model.ffn_width)
-    return {
-        "plain": model,
-        "P=2": model.model_copy(update={"streams": streams}),
-        "E=8": model.model_copy(update={"experts": experts}),
-        "K=2": model.model_copy(update={"altup": altup}),
-        "P=2 E=8 K=2": model.model_copy(update={"streams": streams, "experts": experts, "altup": altup}),
-    }
+def axes(model: Model, shape: Shape) -> dict[str, Model]:
+    """The plain model and one with each axis, and with all: small ones on a CPU, what people train on a GPU. As many FLOPs of expert
+    layers as of dense ones.
+    """
+    ffn = resolve(Config(model=model)).model.ffn_width
+    assert ffn is not None
+    if shape.device == "cuda":
+        wanted: dict[str, dict[str, Any]] = {
+            "P=8": {"streams": Streams(count=8, prefix_tokens=48)},
+            "E=64 k=8": {"experts": Experts(count=64, per_token=8, width=-(-ffn // 8 // 64) * 64)},
+            "K=2": {"altup": AltUp(blocks=2)},
+        }
+    else:
+        wanted = {
+            "P=2": {"streams": Streams(count=2, prefix_tokens=48)},
+            "E=8": {"experts": Experts(count=8, width=ffn)},
+            "K=2": {"altup": AltUp(blocks=2)},
+        }
+        wanted["P=2 E=8 K=2"] = {key: value for update in wanted.values() for key, value in update.items()}
+    return {"plain": model} | {name: model.model_copy(update=update) for name, update in wanted.items()}
 
 
-def ours(model: Model, batch: int, length: int, precision: str, compiled: bool) -> Callable[[], None]:
-    """A function that runs one forward and backward pass of our decoder."""
+def decoder_of(model: Model, shape: Shape, device: str, recompute: str = "none") -> Decoder:
+    """A decoder as a run has it, its fp32 gradients there from the start, as an engine has them."""
     model = resolve(Config(model=model)).model
-    decoder = Decoder(model)
-    initialize(decoder, model, 1)
-    cast(dict(decoder.named_parameters()), precision)
+    with torch.device(device):
+        decoder = Decoder(model)
+    if device != "meta":
+        initialize(decoder, model, 1)
+    cast(dict(decoder.named_parameters()), shape.precision)
+    for parameter in decoder.parameters():
+        if parameter.dtype != torch.float32:
+            parameter.grad_dtype = torch.float32
+        parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+    apply_recompute(decoder, recompute)
+    return decoder
+
+
+def step_of(
+    decoder: Decoder, model: Model, shape: Shape, device: torch.device, sequences: int | None = None
+) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
+    """The forward and the backward pass of a micro-batch of random tokens. Gradients add up, as in a step of several micro-batches."""
+    batch, length = sequences or shape.batch, shape.length
+    tokens = torch.randint(shape.vocabulary, (batch, length), device=device)
+    positions = torch.arange(length, device=device).expand(batch, -1)
+    documents, scale = torch.zeros_like(tokens, dtype=torch.int32), torch.tensor(1 / (batch * length), device=device)
+
+    def forward() -> Tensor:
+        losses = decoder.losses(tokens, positions, documents, tokens, scale)
+        assert losses.lm is not None
+        return sum(losses.auxiliary.values(), losses.lm)
+
+    return forward, lambda loss: loss.backward()
+
+
+def ours(model: Model, shape: Shape, compiled: bool, sequences: int | None = None) -> Callable[[], None]:
+    """A function that runs one forward and backward pass of our decoder."""
+    decoder = decoder_of(model, shape, shape.device)
     if compiled:
         for layer in decoder.layers.values():
             layer.compile()
         LossKernels.compile()
-    tokens, positions = torch.randint(VOCABULARY, (batch, length)), torch.arange(length).expand(batch, -1)
-    documents, scale = torch.zeros(batch, length, dtype=torch.int32), torch.tensor(1 / (batch * length))
-
-    def run() -> None:
-        decoder.zero_grad(set_to_none=True)
-        losses = decoder.losses(tokens, positions, documents, tokens, scale)
-        assert losses.lm is not None
-        sum(losses.auxiliary.values(), losses.lm).backward()
-
-    return run
+    forward, backward = step_of(decoder, model, shape, torch.device(shape.device), sequences)
+    return lambda: backward(forward())
 
 
-def transformers_llama(model: Model, batch: int, length: int, precision: str, compiled: bool) -> Callable[[], None]:
+def transformers_llama(model: Model, shape: Shape, compiled: bool) -> Callable[[], None]:
     """The same for transformers' LlamaForCausalLM of the same shape (SDPA attention), with the loss it would train with."""
     import transformers
 
     LlamaConfig, LlamaForCausalLM = (getattr(transformers, name) for name in ("LlamaConfig", "LlamaForCausalLM"))  # untyped
     model = resolve(Config(model=model)).model
-    llama: Any = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=model.width, num_hidden_layers=model.layers, num_attention_heads=model.heads,
-            num_key_value_heads=model.kv_heads, intermediate_size=model.ffn_width, attn_implementation="sdpa", use_cache=False,
-        )
-    )  # fmt: skip
-    if precision == "bf16":
+    with torch.device(shape.device):
+        llama: Any = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=shape.vocabulary, hidden_size=model.width, num_hidden_layers=model.layers, num_attention_heads=model.heads,
+                num_key_value_heads=model.kv_heads, intermediate_size=model.ffn_width, attn_implementation="sdpa", use_cache=False,
+            )
+        )  # fmt: skip
+    if shape.precision == "bf16":
         llama = llama.to(torch.bfloat16)
     forward = torch.compile(llama) if compiled else llama
-    tokens = torch.randint(VOCABULARY, (batch, length))
+    tokens = torch.randint(shape.vocabulary, (shape.batch, shape.length), device=shape.device)
 
     def run() -> None:
-        llama.zero_grad(set_to_none=True)
         logits = forward(tokens).logits
-        F.cross_entropy(logits.float().view(-1, VOCABULARY), tokens.flatten()).backward()
+        F.cross_entropy(logits.float().view(-1, shape.vocabulary), tokens.flatten()).backward()
 
     return run
 
@@ -95,60 +169,70 @@ def _run_twice(maker: Callable[..., Callable[[], None]], *arguments: object) -> 
     run()
 
 
-def against_transformers(model: Model, batch: int, length: int, precision: str, rounds: int) -> list[dict[str, object]]:
-    """One row a variant: best and median time, ratio to compiled transformers, peak memory."""
+def _peak(
+    device: torch.device, maker: Callable[..., Callable[[], None]], run: Callable[[], None], *arguments: object
+) -> float | None:
+    """MiB: on a GPU what a run allocates, on a CPU the growth of a fresh process."""
+    return peak_allocated_mib(device, run) if device.type == "cuda" else peak_memory_mib(_run_twice, maker, *arguments)
+
+
+def against_transformers(shape: Shape, rounds: int) -> list[dict[str, object]]:
+    """One row a variant: time, its ratio to compiled transformers, peak memory."""
+    device, model = torch.device(shape.device), plain(shape)
     makers = {"ours": ours, "transformers": transformers_llama}
-    arguments = {(name, compiled): (model, batch, length, precision, compiled) for name in makers for compiled in (False, True)}
-    runs = {key: makers[key[0]](*values) for key, values in arguments.items()}
-    labels = {f"{name} {'compiled' if compiled else 'eager'}": (name, compiled) for name, compiled in runs}
-    times = interleaved({label: runs[key] for label, key in labels.items()}, rounds)
-    reference = times["transformers compiled"]
-    rows = []
-    for label, key in labels.items():
-        memory = peak_memory_mib(_run_twice, makers[key[0]], *arguments[key])
-        ratio = times[label]["median_s"] / reference["median_s"]
-        rows.append({"variant": label, **times[label], "time_over_compiled_transformers": ratio, "peak_mib": memory})
-    return rows
+    keys = {f"{name} {'compiled' if c else 'eager'}": (makers[name], c) for name in makers for c in (False, True)}
+    runs = {label: maker(model, shape, compiled) for label, (maker, compiled) in keys.items()}
+    times = milliseconds(device, runs, rounds)
+    return [
+        {
+            "variant": label,
+            "ms": times[label],
+            "time_over_compiled_transformers": times[label] / times["transformers compiled"],
+            "peak_mib": _peak(device, maker, runs[label], model, shape, compiled),
+        }
+        for label, (maker, compiled) in keys.items()
+    ]
 
 
-def cost_of_axes(model: Model, batch: int, length: int, precision: str, rounds: int) -> list[dict[str, object]]:
-    """One row an axis: its time over the plain model's, beside the ratio of their FLOPs."""
-    models = axes(model)
-    times = interleaved({name: ours(m, batch, length, precision, True) for name, m in models.items()}, rounds)
+def cost_of_axes(shape: Shape, rounds: int) -> list[dict[str, object]]:
+    """One row an axis: its time over the plain model's, beside the ratio of their FLOPs; on a GPU the share of its peak."""
+    models, device = axes(plain(shape), shape), torch.device(shape.device)
+    sequences = {name: shape.sequences.get(name, shape.batch) for name in models}
+    times = milliseconds(device, {name: ours(m, shape, True, sequences[name]) for name, m in models.items()}, rounds)
+    peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
 
-    def flops(m: Model) -> float:
-        return flops_per_token(resolve(Config(model=m)).model, (length + 1) / 2)
+    def flops(name: str) -> float:
+        per_token = flops_per_token(resolve(Config(model=models[name])).model, (shape.length + 1) / 2)
+        return per_token * sequences[name] * shape.length
 
-    rows = []
-    for name, m in models.items():
-        measured, predicted = times[name]["best_s"] / times["plain"]["best_s"], flops(m) / flops(models["plain"])
-        rows.append(
-            {
-                "axis": name,
-                **times[name],
-                "time_ratio": measured,
-                "flops_ratio": predicted,
-                "over_prediction": measured / predicted,
-            }
-        )
-    return rows
+    return [
+        {
+            "axis": name,
+            "sequences": sequences[name],
+            "ms": times[name],
+            "time_ratio": times[name] / times["plain"],
+            "flops_ratio": flops(name) / flops("plain"),
+            "over_prediction": times[name] / times["plain"] * flops("plain") / flops(name),
+            "tflops_per_s": flops(name) / times[name] / 1e9,
+            "mfu": None if peak is None else flops(name) / times[name] * 1e3 / peak,
+        }
+        for name in models
+    ]
 
 
 def main(arguments: list[str]) -> None:
     """Measure and store both tables."""
     parser = argparse.ArgumentParser("python -m benchmarks step", description=__doc__)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=8, help="sequences")
-    parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    Shape.add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args(arguments)
     torch._dynamo.config.recompile_limit = 64
-    model, rest = plain(given.width, given.layers), (given.batch, given.length, given.precision, given.rounds)
-    tables = {"against_transformers": against_transformers(model, *rest), "cost_of_axes": cost_of_axes(model, *rest)}
+    shape = Shape.of(given)
+    tables = {
+        "against_transformers": against_transformers(shape, given.rounds),
+        "cost_of_axes": cost_of_axes(shape, given.rounds),
+    }
     for rows in tables.values():
         print_table(rows)
-    print(
-        "stored in", write_result(f"step-{given.precision}", f"python -m benchmarks step {' '.join(arguments)}".strip(), tables)
-    )
+    name = f"step-{shape.precision}" if shape.device == "cpu" else f"step-{shape.precision}-{shape.device}"
+    print("stored in", write_result(name, f"python -m benchmarks step {' '.join(arguments)}".strip(), tables))

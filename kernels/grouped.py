@@ -20,36 +20,68 @@ def _edges(ends: Tensor) -> list[tuple[int, int]]:
 
 
 ROWS = 128
-"""On a CPU in bf16 each expert's rows are padded to a multiple of this: oneDNN compiles a GEMM anew for each number of rows it meets."""
+"""On a CPU in bf16 each expert's GEMM has a multiple of this many rows: oneDNN compiles a GEMM anew for each number of rows it meets."""
 
 
-def _needs_padding(x: Tensor) -> bool:
+def _by_multiples(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def _padding(ends: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The padded order: the row that stands at each place, `rows` where none does; and the experts' ends in it."""
-    counts = ends.diff(prepend=ends.new_zeros(1))
-    padded = -(-counts // ROWS) * ROWS
-    padded_ends = padded.cumsum(0)
-    place = torch.arange(int(padded_ends[-1]), device=ends.device)
-    expert = torch.bucketize(place, padded_ends, right=True)
-    offset = place - (padded_ends - padded)[expert]
-    return torch.where(offset < counts[expert], (ends - counts)[expert] + offset, rows), padded_ends.to(torch.int32)
+def _multiple(rows: int) -> int:
+    return -(-rows // ROWS) * ROWS
 
 
-def _pad(x: Tensor, order: Tensor) -> Tensor:
-    return torch.cat([x, x.new_zeros(1, x.shape[1])])[order]
+def _multiply_multiples(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x [M, i] times each expert's weight [E, i, o]. Nothing is padded: an expert's GEMM goes on into the next one's rows, whose results
+    are written after its own.
+    """
+    rows, result = x.shape[0], x.new_empty(x.shape[0], weight.shape[2])
+    for e, (start, stop) in enumerate(_edges(ends)):
+        size = _multiple(stop - start)
+        if start == stop:
+            continue
+        if start + size <= rows:
+            torch.mm(x[start : start + size], weight[e], out=result[start : start + size])
+        elif size <= rows:  # it ends with the last row instead
+            result[start:stop] = torch.mm(x[rows - size :], weight[e])[start - rows + size : stop - rows + size]
+        else:
+            torch.mm(x[start:stop], weight[e], out=result[start:stop])
+    return result
+
+
+def _sum_multiples(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """Each expert's grad^T x, [E, o, i]. The rows of others that its GEMM goes on into meet zeros, in a copy of the narrower operand."""
+    result = x.new_zeros(ends.shape[0], grad.shape[1], x.shape[1])
+    edges = _edges(ends)
+    for e, (start, stop) in enumerate(edges):
+        size = _multiple(stop - start)
+        if start == stop:
+            continue
+        first = min(start, edges[-1][1] - size)  # rows from the last end on may hold anything
+        if first < 0:
+            torch.mm(grad[start:stop].t(), x[start:stop], out=result[e])
+            continue
+        left, right = grad[first : first + size], x[first : first + size]
+        if right.shape[1] <= left.shape[1]:
+            right = _only(right, start - first, stop - first)
+        else:
+            left = _only(left, start - first, stop - first)
+        torch.mm(left.t(), right, out=result[e])
+    return result
+
+
+def _only(x: Tensor, start: int, stop: int) -> Tensor:
+    """These rows of x, and zeros in place of the others."""
+    if stop - start == x.shape[0]:
+        return x
+    result = torch.zeros_like(x)
+    result[start:stop] = x[start:stop]
+    return result
 
 
 def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x [M, i] times each expert's weight [E, i, o]."""
-    if not _needs_padding(x):
-        return _grouped_mm(x, weight, offs=ends)
-    order, padded_ends = _padding(ends, x.shape[0])
-    result = x.new_empty(x.shape[0] + 1, weight.shape[2])
-    result[order] = _grouped_mm(_pad(x, order), weight, offs=padded_ends)
-    return result[:-1]
+    return _multiply_multiples(x, weight, ends) if _by_multiples(x) else _grouped_mm(x, weight, offs=ends)
 
 
 def grouped_linear_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -89,9 +121,8 @@ def grouped_linear_wgrad(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """The gradient [E, o, i] of the weight, of the output's gradient [M, o]."""
     if x.dtype == torch.float64:
         return torch.stack([grad[start:stop].t() @ x[start:stop] for start, stop in _edges(ends)])
-    if _needs_padding(x):
-        order, ends = _padding(ends, x.shape[0])
-        grad, x = _pad(grad, order), _pad(x, order)
+    if _by_multiples(x):
+        return _sum_multiples(grad, x, ends)
     return _grouped_mm(grad.t(), x, offs=ends)
 
 

@@ -65,6 +65,24 @@ def test_rows_behind_the_last_end_are_never_read() -> None:
     torch.testing.assert_close(grad_weight, clean[2])
 
 
+@pytest.mark.parametrize("counts", [(130, 0, 300, 1, 77), (5, 400, 90), (128, 256), (3, 2, 200)])
+@pytest.mark.parametrize("spare", [0, 40])
+def test_on_a_cpu_gemms_of_multiples_of_rows_leak_nothing(counts: Counts, spare: int) -> None:
+    """In bf16 an expert's GEMM goes on into rows of the next one; rows behind the last end hold NaN."""
+    x, weight, ends = inputs(counts, torch.bfloat16, spare)
+    used = sum(counts)
+    x = torch.cat([x.detach()[:used], torch.full((spare, 16), float("nan"), dtype=x.dtype)]).requires_grad_()
+    factors = torch.linspace(-1, 1, used * 8).view(used, 8).bfloat16()
+    grad_out = torch.cat([factors, torch.full((spare, 8), float("nan"), dtype=x.dtype)])
+    out = grouped_linear(x, weight, ends)
+    found = [out.detach()[:used], *torch.autograd.grad(out, (x, weight), grad_out)]
+    wide = [value.detach().double().requires_grad_() for value in (x[:used], weight)]
+    true_out = grouped_linear_reference(wide[0], wide[1], ends)
+    expected = [true_out.detach(), *torch.autograd.grad(true_out, wide, factors.double())]
+    for got, true in zip((found[0], found[1][:used], found[2]), expected, strict=True):
+        assert (got.double() - true).abs().max() <= 2e-2 * true.abs().max()
+
+
 def test_gradcheck() -> None:
     x, weight, ends = inputs((2, 0, 3), torch.float64, width=3, outputs=2)
     assert torch.autograd.gradcheck(lambda a, b: grouped_linear(a, b, ends), (x, weight))
