@@ -1,12 +1,13 @@
-"""`python -m benchmarks {step,memory,axes,streams_memory,parallel} [options]`."""
+"""`python -m benchmarks {step,memory,gpu,axes,streams_memory,parallel} [options]`."""
 
 import sys
 
-from benchmarks import axes, memory, parallel, step, streams_memory
+from benchmarks import axes, gpu, memory, parallel, step, streams_memory
 
 TABLES = {
     "step": step.main,
     "memory": memory.main,
+    "gpu": gpu.main,
     "axes": axes.main,
     "streams_memory": streams_memory.main,
     "parallel": parallel.main,
