@@ -372,6 +372,9 @@ class Config(Node):
     engine: Engine = Engine()
     precision: Literal["fp32", "bf16"] = field("fp32", "bf16: bf16 weights and activations with fp32 masters, norms and routers")
     compile: Literal["auto", "on", "off"] = field("auto", "torch.compile of the layers; auto: where a compiler is found")
+    kernels: Literal["auto", "plain"] = field(
+        "auto", "auto: fused Triton kernels of streams, experts and blocks on GPUs; plain: PyTorch's own operators everywhere"
+    )
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     observe: Observe = Observe()

@@ -27,6 +27,7 @@ from megascale.parallel.recompute import apply_recompute
 from megascale.parallel.shard import cut, materialise, named_parameters, own_stages, shard, tie_ends, whole_on_meta
 from megascale.parallel.stages import stage_layers
 from megascale.train.compiling import compile_layers
+from megascale.train.fused import use_kernels
 from megascale.train.groups import check_patterns, optimizer_groups, trained_names
 from megascale.train.inherit import inherit
 from megascale.train.unigrams import unigram_counts
@@ -164,6 +165,7 @@ def build(
     zero = zero_stage_of(config, mesh.world.size)
     if zero:
         refuse_idle_ranks(trained_names(everywhere, config.optimizer, frozen), config)
+    use_kernels(stages.modules(), config.kernels, mesh.world.device.torch, say)
     if zero == 3 and config.compile == "auto":
         say("training eagerly: torch.compile would trace DeepSpeed's gathering of weights (ZeRO 3) in every layer")
     elif config.parallel.pp > 1 and config.parallel.schedule in SPLIT_BACKWARD and config.compile == "auto":

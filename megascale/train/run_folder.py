@@ -71,7 +71,18 @@ def _only_imported(folder: Path) -> bool:
     return is_import(folder) and not (metrics.exists() and metrics.stat().st_size > 0)
 
 
-UNTRAINED = ("run.name", "run.folder", "observe.", "checkpoint.", "profile.", "guard.", "compile", "parallel.", "engine.")
+UNTRAINED = (
+    "run.name",
+    "run.folder",
+    "observe.",
+    "checkpoint.",
+    "profile.",
+    "guard.",
+    "compile",
+    "kernels",
+    "parallel.",
+    "engine.",
+)
 """Settings that may change between a start and its resume."""
 
 

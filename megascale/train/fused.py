@@ -1,0 +1,39 @@
+"""Which of the model's parts run on our Triton kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from megascale.config.errors import InputError
+
+FUSED = "fused"
+"""Modules with kernels have an attribute of this name: none lets the device decide, False means plain PyTorch."""
+
+
+def use_kernels(
+    modules: Sequence[nn.Module], choice: Literal["auto", "plain"], device: torch.device, say: Callable[[str], None]
+) -> None:
+    """Let the parts of these models use their kernels, or not, and say so.
+
+    Raises:
+        InputError: there is a GPU and no triton.
+    """
+    parts = [part for module in modules for part in module.modules() if hasattr(part, FUSED)]
+    if device.type == "cpu" or choice == "plain":
+        for part in parts:
+            setattr(part, FUSED, False)
+        say(f"kernels: plain PyTorch ({'kernels=plain' if choice == 'plain' else 'the Triton ones are for GPUs'})")
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise InputError("kernels: auto", "triton is not installed", "install the triton of this torch, or set kernels=plain")
+    import triton
+
+    for part in parts:
+        setattr(part, FUSED, None)
+    names = ", ".join(sorted({type(part).__name__ for part in parts})) or "no part of this model has any"
+    say(f"kernels: triton {triton.__version__} ({names})")
