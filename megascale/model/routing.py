@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
+from megascale.kernels.dispatch import combine_copies, copy_rows, is_fused, sort_copies, sum_copies
 from megascale.kernels.grouped import grouped_linear
+from megascale.kernels.swiglu import swiglu, weighted_swiglu
 from megascale.model.exchange import OrderedExchange, Split, are_here, keep_rows, only_rank, take_back
 from megascale.model.layers import SwiGLU
 from megascale.model.origin import Origin
@@ -57,6 +58,8 @@ class Experts(nn.Module):
         self.population_order: OrderedExchange = only_rank
         # a pipeline may make it keep for later what the weight's gradient is made of
         self.multiply: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_linear
+        self.fused: bool | None = None
+        """whether its kernels are used (`megascale.kernels.dispatch.is_fused`)"""
 
     def forward(self, x: Tensor, origin: Origin) -> tuple[Tensor, dict[str, Tensor]]:
         rows = x.flatten(0, 1)
@@ -66,23 +69,20 @@ class Experts(nn.Module):
             within = self.within_capacity(experts, x.shape[1])
             experts = torch.where(within, experts, self.count)  # no expert: sorted behind all of them
             report["dropped"] = torch.stack([(~within).sum(), torch.ones_like(within).sum()]).double()
-        order = experts.flatten().argsort(stable=True)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device)).view(-1, k)
-        counts = F.one_hot(experts.flatten(), self.count + 1).sum(0)[: self.count]
-        if limited:  # how many are kept only the device knows: dropped copies stay, unread, and read zeros behind the last row
-            place = torch.where(within, place, order.numel())
+        order, place, counts = sort_copies(experts, self.count, self.fused)
+        # how many are kept only the device knows: dropped copies stay, unread, behind the last row that has an expert
         most = self.most_kept(x.shape[0], x.shape[1], k) if limited and self.most_is_known else None
-        parcel = self.dispatch(take_rows(rows, order // k, place, some_nowhere=limited), counts, most)
+        parcel = self.dispatch(copy_rows(rows, order, place, limited, self.fused), counts, most)
         shared = None if self.shared is None else self.shared(rows)  # while the copies travel
         copies, counts, way = self.receive(parcel)
         del parcel
         ends = counts.cumsum(0).to(torch.int32)
-        hidden = F.silu(self.multiply(copies, self.gate, ends)) * self.multiply(copies, self.up, ends)
-        outputs = self.combine(self.multiply(hidden, self.down, ends), way)
-        if limited:
-            outputs, order = torch.cat([outputs, outputs.new_zeros(1, rows.shape[1])]), torch.cat([order, order.new_zeros(1)])
-        picked = take_rows(outputs, place.flatten(), order[:, None]).view(-1, k, rows.shape[1])
-        result = (picked * gates[..., None].to(picked.dtype)).sum(1)
+        gate, up = self.multiply(copies, self.gate, ends), self.multiply(copies, self.up, ends)
+        if is_fused(rows, self.fused) and self.combine is take_back:  # gates do not travel
+            result = sum_copies(self.multiply(weighted_swiglu(gate, up, gates, order, ends), self.down, ends), place)
+        else:
+            outputs = self.combine(self.multiply(swiglu(gate, up, self.fused), self.down, ends), way)
+            result = combine_copies(outputs, gates, order, place, limited, self.fused)
         if shared is not None:
             result = result + shared
         return result.view(x.shape), report
@@ -112,25 +112,3 @@ class Experts(nn.Module):
         """The most copies of the tokens here that one expert may take."""
         assert self.capacity_factor is not None
         return streams * min(math.ceil(tokens * per_token * self.capacity_factor / self.count), tokens)
-
-
-class _TakeRows(torch.autograd.Function):
-    """x[index], whose backward sums the known places of each row instead of scattering with atomics: same bits on every run."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, places: Tensor, some_nowhere: bool) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.some_nowhere = some_nowhere
-        return x[index]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (places,) = ctx.saved_tensors
-        if ctx.some_nowhere:
-            grad = torch.cat([grad, grad.new_zeros(1, grad.shape[1])])
-        return (grad[places[:, 0]] if places.shape[1] == 1 else grad[places].sum(1)), None, None, None
-
-
-def take_rows(x: Tensor, index: Tensor, places: Tensor, some_nowhere: bool = False) -> Tensor:
-    """x[index], [M, d]; places [rows of x, c] lists where in `index` each row of x stands, with `some_nowhere` also M: nowhere."""
-    return _TakeRows.apply(x, index, places, some_nowhere)

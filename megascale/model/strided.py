@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megascale.kernels.dispatch import take_rows
 from megascale.model.altup import Blocks
 from megascale.model.attention import Packing
-from megascale.model.routing import take_rows
 
 
 class SequenceResidual(nn.Module):

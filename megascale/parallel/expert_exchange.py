@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megascale.model.routing import take_rows
+from megascale.kernels.dispatch import take_rows
 from megascale.parallel.charge import charged_to
 from megascale.parallel.collectives import exchange_rows, gather_rows, gather_uneven, scatter_uneven
 from megascale.parallel.slots import Slots

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megascale.model.routing import take_rows
+from megascale.kernels.dispatch import take_rows_or_zeros
 
 
 class Slots:
@@ -28,18 +28,12 @@ class Slots:
         row = torch.where(slot < counts[:, None], first[:, None] + slot, rows).flatten()
         there = torch.arange(self.size, device=device)
         place = torch.full((rows + 1,), self.size, device=device).scatter_(0, row, there)
-        place = torch.where(torch.arange(rows + 1, device=device) < rows, place, self.size)
-        self.row, self.place = row, place
+        self.row, self.place = row, place[:rows]
 
     def fill(self, rows: Tensor) -> Tensor:
         """[N, d] -> [E S, d]."""
-        return take_rows(_with_zeros(rows), self.row, self.place[:, None], some_nowhere=True)
+        return take_rows_or_zeros(rows, self.row, self.place[:, None])
 
     def empty(self, slots: Tensor) -> Tensor:
         """[E S, d] -> [N, d], zeros for rows of no expert."""
-        nowhere = torch.full_like(self.row[:1], self.rows)
-        return take_rows(_with_zeros(slots), self.place[:-1], torch.cat([self.row, nowhere])[:, None], some_nowhere=True)
-
-
-def _with_zeros(x: Tensor) -> Tensor:
-    return torch.cat([x, x.new_zeros(1, x.shape[1])])
+        return take_rows_or_zeros(slots, self.place, self.row[:, None])

@@ -17,7 +17,7 @@ from megascale.kernels.grouped import grouped_linear
 from megascale.model.layers import SwiGLU
 from megascale.model.origin import Origin
 from megascale.model.routers import ROUTERS
-from megascale.model.routing import Experts, take_rows
+from megascale.model.routing import Experts
 from tiny import origin, tiny_model
 
 every_router = pytest.mark.parametrize("router", ROUTERS)
@@ -253,21 +253,6 @@ def test_no_expert_takes_more_than_its_capacity_and_earlier_ones_go_first(
         layer.population_order = lambda here, before=before: (before, counts[0] + counts[1])  # type: ignore[misc]
         found.append(layer.within_capacity(part, streams))
     assert torch.equal(torch.cat(found), within)
-
-
-def test_take_rows_is_indexing_with_its_gradient() -> None:
-    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    index = torch.tensor([2, 0, 3, 1, 1, 0, 2, 3])
-    places = torch.stack([(index == row).nonzero().flatten() for row in range(4)])
-    torch.testing.assert_close(take_rows(x, index, places), x[index])
-    assert torch.autograd.gradcheck(lambda y: take_rows(y, index, places), x)
-
-
-def test_take_rows_may_leave_rows_out() -> None:
-    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-    index, places = torch.tensor([2, 0, 2]), torch.tensor([[1, 3], [3, 3], [2, 0]])
-    torch.testing.assert_close(take_rows(x, index, places, True), x[index])
-    assert torch.autograd.gradcheck(lambda y: take_rows(y, index, places, True), x)
 
 
 @pytest.mark.parametrize("capacity", [None, 0.7])
