@@ -66,7 +66,7 @@ def _place_block(
         before = (other[None, :] == expert[:, None]) & (other_at[None, :] < at[:, None])
         rank += tl.sum(before.to(tl.int32), 1)
     bins = tl.arange(0, BINS)
-    total = tl.load(totals + bins)
+    total = tl.load(totals + bins, mask=bins <= count, other=0)
     starts = tl.cumsum(total, 0) - total
     earlier = tl.load(table + expert.to(tl.int64) * blocks + block, mask=inside, other=0)
     to = (tl.gather(starts, expert, 0) + earlier + rank).to(tl.int64)
@@ -89,9 +89,9 @@ def sort_copies(experts: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     block = 128 if bins <= 512 else 512
     blocks = triton.cdiv(copies, block)
     table = experts.new_empty(bins, blocks, dtype=torch.int32)
-    totals = experts.new_empty(bins, dtype=torch.int32)
+    totals = experts.new_empty(count + 1, dtype=torch.int32)
     _count_block[(blocks,)](experts, table, copies, blocks, count, BLOCK=block, BINS=bins, num_warps=block // 32)
-    _scan_blocks[(bins,)](table, totals, blocks, CHUNK=min(max(triton.next_power_of_2(blocks), 32), 1024), num_warps=4)
+    _scan_blocks[(count + 1,)](table, totals, blocks, CHUNK=min(max(triton.next_power_of_2(blocks), 32), 1024), num_warps=4)
     _place_block[(blocks,)](
         experts,
         table,

@@ -64,7 +64,11 @@ def _mend_interpreter() -> None:
         tensor.__index__ = lambda self: int(np.asarray(self.handle.data).reshape(-1)[0])
         return result
 
+    def splat(self, block, x):  # a scalar condition has the label of what it compared, and 3.9 refuses such masks
+        return handle(np.full(block.shape, x.data), tl.int1) if x.data.dtype == np.bool_ else plain_splat(self, block, x)
+
     builder.cast_impl, builder.binary_op, interpreter._patch_lang_tensor = cast, binary, patch
+    plain_splat, builder.create_splat = builder.create_splat, splat
     builder.create_dot = lambda self, a, b, *rest: plain_dot(self, widen(a), widen(b), *rest)
 
 
