@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megascale.config.schema import Model
 from megascale.kernels.grouped import grouped_linear
@@ -39,6 +41,16 @@ def tokens(number: int = 9, streams: int = 1, dtype: torch.dtype = torch.float64
 
 def one_expert(layer: Experts, e: int, x: Tensor) -> Tensor:
     return layer.down[e] @ (F.silu(layer.gate[e] @ x) * (layer.up[e] @ x))
+
+
+def use_kernels(layer: Experts, kernels: str | None) -> None:
+    """Let the custom operators compute, as on a GPU; rows that may travel get their gates where they are back."""
+    layer.fused = kernels is not None
+    if kernels == "gates on the outputs":
+        layer.combine = lambda outputs, _: outputs
+
+
+every_kernel = pytest.mark.parametrize("kernels", [None, "gates on the hidden rows", "gates on the outputs"])
 
 
 def kept_choices(layer: Experts, experts: Tensor, streams: int) -> Tensor:
@@ -79,12 +91,21 @@ def by_definition(layer: Experts, x: Tensor) -> Tensor:
     per_token=st.integers(1, 3),
     shared=st.integers(0, 2),
     capacity=st.sampled_from([None, None, 0.3, 1.0, 1.6]),
+    kernels=st.sampled_from([None, "gates on the hidden rows", "gates on the outputs"]),
 )
 def test_the_layer_is_a_loop_over_tokens(
-    router: str, number: int, streams: int, count: int, per_token: int, shared: int, capacity: float | None
+    router: str,
+    number: int,
+    streams: int,
+    count: int,
+    per_token: int,
+    shared: int,
+    capacity: float | None,
+    kernels: str | None,
 ) -> None:
     per_token = min(per_token, count)
     _, layer = routed(streams, count=count, per_token=per_token, shared=shared, router=router, capacity_factor=capacity)
+    use_kernels(layer, kernels)
     x = tokens(number, streams)
     out, report = layer(x, origin(number))
     expected = by_definition(layer, x)
@@ -118,12 +139,15 @@ def test_narrow_types_stay_close_and_the_router_stays_fp32(router: str, dtype: t
     assert (out.double() - wide).abs().max() <= tolerance * wide.abs().max()
 
 
+@every_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_of_dropped_copies_are_never_read(dtype: torch.dtype) -> None:
+def test_rows_of_dropped_copies_are_never_read(dtype: torch.dtype, kernels: str | None) -> None:
     """They stay behind those of the experts, where grouped products write nothing: here they write what would spread."""
     results = []
     for spoil in (False, True):
         _, layer = routed(per_token=2, dtype=dtype, capacity_factor=0.5, shared=1)
+        layer.router.float()
+        use_kernels(layer, kernels)
         if spoil:
             layer.multiply = spoiled_behind_the_last_expert
         x = tokens(20, dtype=dtype)
@@ -255,10 +279,12 @@ def test_no_expert_takes_more_than_its_capacity_and_earlier_ones_go_first(
     assert torch.equal(torch.cat(found), within)
 
 
+@every_kernel
 @pytest.mark.parametrize("capacity", [None, 0.7])
 @every_router
-def test_repetition_gives_the_same_bits(router: str, capacity: float | None) -> None:
+def test_repetition_gives_the_same_bits(router: str, capacity: float | None, kernels: str | None) -> None:
     _, layer = routed(per_token=2, dtype=torch.float32, router=router, capacity_factor=capacity)
+    use_kernels(layer, kernels)
     x = tokens(50, dtype=torch.float32)
     runs = []
     for _ in range(2):
@@ -267,36 +293,97 @@ def test_repetition_gives_the_same_bits(router: str, capacity: float | None) -> 
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+class NothingWaits(TorchDispatchMode):
+    """Fails where the host would wait for a value of the device."""
+
+    WAITING = (
+        "_local_scalar_dense",
+        "item",
+        "nonzero",
+        "masked_select",
+        "_unique2",
+        "unique_dim",
+        "bincount",
+        "equal",
+        "is_nonzero",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: set[str] = set()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        name = operator._schema.name.split("::")[1]
+        assert name not in self.WAITING, f"{name} waits for the device"
+        if name == "index":  # a mask would have to be counted
+            assert all(index is None or index.dtype != torch.bool for index in arguments[1]), (
+                "indexing by a mask waits for the device"
+            )
+        self.called.add(name)
+        return operator(*arguments, **(options or {}))
+
+
+@every_kernel
 @pytest.mark.parametrize("capacity", [None, 0.7])
 @every_router
-def test_shapes_are_known_without_values(router: str, capacity: float | None) -> None:
-    """Dry runs work on meta tensors. So nothing waits for the device: no value goes to the host, also with a capacity."""
+def test_nothing_waits_for_the_device(router: str, capacity: float | None, kernels: str | None) -> None:
+    """Shapes are known without values, as dry runs on meta tensors need, with a capacity too; no value goes to the host."""
     _, layer = routed(2, per_token=2, dtype=torch.float32, router=router, capacity_factor=capacity)
+    use_kernels(layer, kernels)
     here = origin(8)
     there = Origin(here.ids.to("meta"), here.counter.to("meta"), here.key.to("meta"))
-    out, report = layer.to("meta")(torch.empty(8, 2, 32, device="meta", requires_grad=True), there)
+    layer = layer.to("meta")
+    with NothingWaits() as watched:
+        out, report = layer(torch.empty(8, 2, 32, device="meta", requires_grad=True), there)
+        out.sum().backward()
     assert out.shape == (8, 2, 32)
     assert report["load"].shape == (2, 4)
-    out.sum().backward()
+    operators = {"sort_copies", "write_copies", "sum_copies"}
+    behind = {"weighted_sum", "weighted_sum_backward", "swiglu", "swiglu_backward"}
+    on_hidden = {"weighted_swiglu", "weighted_swiglu_backward"}
+    expected = {
+        None: set(),
+        "gates on the hidden rows": operators | on_hidden,
+        "gates on the outputs": operators | behind,
+    }
+    assert watched.called & (operators | behind | on_hidden) == expected[kernels]
+
+
+def test_waiting_is_noticed() -> None:
+    for wait in (lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: x.long().bincount()):
+        with pytest.raises(AssertionError, match="waits for the device"), NothingWaits():
+            wait(torch.ones(3))
+
+
+def test_on_a_gpu_the_kernels_are_used() -> None:
+    """Tensors without memory that say they are on one."""
+    model, _ = routed(2, per_token=2, dtype=torch.float32)
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), NothingWaits() as watched:
+        layer, here = Experts(model).eval(), torch.empty(8, dtype=torch.int64)
+        layer(torch.empty(8, 2, 32), Origin(here, torch.empty(8, 2, dtype=torch.int64), torch.empty(2, dtype=torch.int64)))
+    assert {"sort_copies", "write_copies", "weighted_swiglu", "sum_copies"} <= watched.called
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("router", "capacity", "scope"),
+    ("router", "capacity", "scope", "kernels"),
     [
-        ("softmax", None, "global"),
-        ("softmax", 0.7, "rank"),
-        ("sigmoid", None, "global"),
-        ("s_base", 0.7, "global"),
-        ("rl_r", None, "global"),
-        ("hash", 0.7, "global"),
+        ("softmax", None, "global", None),
+        ("softmax", 0.7, "rank", None),
+        ("softmax", 0.7, "rank", "gates on the hidden rows"),
+        ("sigmoid", None, "global", None),
+        ("s_base", 0.7, "global", None),
+        ("s_base", 0.7, "global", "gates on the outputs"),
+        ("rl_r", None, "global", None),
+        ("hash", 0.7, "global", None),
     ],
 )
-def test_the_compiled_layer_agrees(router: str, capacity: float | None, scope: Any) -> None:
+def test_the_compiled_layer_agrees(router: str, capacity: float | None, scope: Any, kernels: str | None) -> None:
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):
         _, layer = routed(2, per_token=2, dtype=torch.float32, router=router, capacity_factor=capacity, scope=scope)
+        use_kernels(layer, kernels)
         if compiled:
             layer.compile(backend="aot_eager")
         for number in (12, 20, 9):  # other numbers of rows are other graphs
