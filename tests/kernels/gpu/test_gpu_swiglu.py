@@ -50,8 +50,6 @@ def test_with_weights(device: torch.device, dtype: torch.dtype, number: int, k: 
     order, place, counts = (x.to(device) for x in sort_copies_reference(choices(number, k, 3, seed=2), 3))
     ends, live = counts.cumsum(0).to(torch.int32), int(counts.sum())
     gate, up, grad = (normal(number * k, width, dtype=dtype, device=device, seed=s) for s in range(3))
-    for x in (gate, up, grad):
-        x[live:] = torch.nan
     weights = normal(number, k, dtype=torch.promote_types(dtype, torch.float32), device=device, seed=4)
     weight = weights.flatten()[order[:live]][:, None]
     values = []
@@ -61,7 +59,9 @@ def test_with_weights(device: torch.device, dtype: torch.dtype, number: int, k: 
         dots = torch.zeros(number * k, dtype=t, device=device).index_put((order[:live],), (part[2] * hidden).sum(-1))
         _, *gradients = by_definition(*part[:2], part[2] * weight.to(t))
         values.append([hidden * weight.to(t), *gradients, dots.view(weights.shape)])
-    for rows in (lambda x: x, uncontiguous):
+    for rows, behind in ((lambda x: x, torch.nan), (uncontiguous, 1.0)):
+        for x in (gate, up, grad):
+            x[live:] = behind
         inputs = [rows(x) for x in (gate, up)]
         out = twice(kernels.swiglu, *inputs, weights, order, ends)
         *gradients, grad_weights = twice(kernels.swiglu_backward, rows(grad), *inputs, weights, order, ends)
