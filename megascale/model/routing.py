@@ -52,7 +52,7 @@ class Experts(nn.Module):
         self.shared = SwiGLU(model.width, experts.shared * experts.width) if experts.shared else None
         by_expert, width = Split(0, "ep", experts.count), experts.width
         self.splits = {name: (by_expert, Split(dim, "etp", width)) for name, dim in (("gate", 1), ("up", 1), ("down", 2))}
-        self.dispatch: Callable[[Tensor, Tensor, int | None], Any] = keep_rows
+        self.dispatch: Callable[[Tensor, Tensor, int | None, bool | None], Any] = keep_rows
         self.receive: Callable[[Any], tuple[Tensor, Tensor, Any]] = are_here
         self.combine: Callable[[Tensor, Any], Tensor] = take_back
         self.population_order: OrderedExchange = only_rank
@@ -72,7 +72,7 @@ class Experts(nn.Module):
         order, place, counts = sort_copies(experts, self.count, self.fused)
         # how many are kept only the device knows: dropped copies stay, unread, behind the last row that has an expert
         most = self.most_kept(x.shape[0], x.shape[1], k) if limited and self.most_is_known else None
-        parcel = self.dispatch(copy_rows(rows, order, place, limited, self.fused), counts, most)
+        parcel = self.dispatch(copy_rows(rows, order, place, limited, self.fused), counts, most, self.fused)
         shared = None if self.shared is None else self.shared(rows)  # while the copies travel
         copies, counts, way = self.receive(parcel)
         del parcel

@@ -25,12 +25,15 @@ class SequenceResidual(nn.Module):
         super().__init__()
         self.predict = nn.Parameter(torch.zeros(2))
         self.correct = nn.Parameter(torch.zeros(1))
+        self.fused: bool | None = None
+        """whether its kernels are used (`megascale.kernels.dispatch.is_fused`)"""
 
     def read(self, blocks: Blocks, packing: Packing) -> Tensor:
         """The kept tokens [T', P, d] of the only block."""
         assert packing.kept is not None
         (x,) = blocks
-        return take_rows(x.flatten(1), packing.kept.tokens, packing.kept.place, some_nowhere=True).unflatten(1, x.shape[1:])
+        kept = take_rows(x.flatten(1), packing.kept.tokens, packing.kept.place, some_nowhere=True, fused=self.fused)
+        return kept.unflatten(1, x.shape[1:])
 
     def combine(self, attended: Tensor, attention: Tensor, feed_forward: Tensor) -> Tensor:
         """F of the kept tokens."""
@@ -50,5 +53,5 @@ class SequenceResidual(nn.Module):
         """The next state [T, P, 1, d] of all tokens."""
         assert packing.kept is not None
         shift = self.shift(self.read(blocks, packing), update)
-        spread = take_rows(shift.flatten(1), packing.kept.group, packing.kept.members, some_nowhere=True)
+        spread = take_rows(shift.flatten(1), packing.kept.group, packing.kept.members, True, self.fused)
         return self.add(blocks[0], spread.unflatten(1, shift.shape[1:]))

@@ -111,6 +111,8 @@ class Parcel:
     """rows before they were padded, or those without an expert left out"""
     slots: Slots | None
     """how they were padded, if so"""
+    fused: bool | None
+    """whether kernels move them"""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Way:
     """the inverse of `order`"""
     room: int
     slots: Slots | None
+    fused: bool | None
 
 
 class ExpertExchange:
@@ -142,21 +145,21 @@ class ExpertExchange:
         self.ep, self.etp, self.capacity_factor = ep, etp, capacity_factor
 
     @torch.compiler.disable
-    def dispatch(self, copies: Tensor, counts: Tensor, most: int | None) -> Parcel:
+    def dispatch(self, copies: Tensor, counts: Tensor, most: int | None, fused: bool | None = None) -> Parcel:
         """Rows [N, d] sorted by expert, and counts [E] of them, at most `most` each, start to travel. Rows behind the last expert's are for
         none.
         """
         room, slots = copies.shape[0], None
         if self.ep is not None and most is not None:
-            slots = Slots(counts, room, most)
+            slots = Slots(counts, room, most, fused)
             copies, numbers = slots.fill(copies), self._numbers_of_slots(counts, most)
         else:
             numbers = _remembered(lambda: self._numbers(counts, room))
         if self.ep is None:
-            return Parcel(copies, None, numbers, room, slots)
+            return Parcel(copies, None, numbers, room, slots, fused)
         transfer, leave = Transfer(self.ep, numbers.sent, numbers.received[_rank(self.etp)]), sum(numbers.sent)
         rows = start(copies if leave == copies.shape[0] else copies[:leave], transfer)
-        return Parcel(rows, transfer, numbers, room, slots)
+        return Parcel(rows, transfer, numbers, room, slots, fused)
 
     @torch.compiler.disable
     def receive(self, parcel: Parcel) -> tuple[Tensor, Tensor, Way]:
@@ -172,12 +175,13 @@ class ExpertExchange:
         order = torch.repeat_interleave(expert, by_rank.flatten(), output_size=rows.shape[0]).argsort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         counts = by_rank.sum(0)[:-1] if self.ep is None else by_rank.sum(0)
-        return take_rows(rows, order, place[:, None]), counts, Way(numbers, order, place, parcel.room, parcel.slots)
+        way = Way(numbers, order, place, parcel.room, parcel.slots, parcel.fused)
+        return take_rows(rows, order, place[:, None], fused=parcel.fused), counts, way
 
     @torch.compiler.disable
     def combine(self, outputs: Tensor, way: Way) -> Tensor:
         """The experts' outputs [M, d] -> [N, d] in the order of `dispatch`'s rows; zeros for rows that had no expert, if they stayed."""
-        back, numbers = take_rows(outputs, way.place, way.order[:, None]), way.numbers
+        back, numbers = take_rows(outputs, way.place, way.order[:, None], fused=way.fused), way.numbers
         if self.etp is not None:
             back = scatter_uneven(back, [sum(some) for some in numbers.received], self.etp.rank(), self.etp.group_name)
         if self.ep is None:

@@ -18,10 +18,11 @@ class Slots:
         counts: [E], at most S each.
         rows: N.
         slots: S.
+        fused: whether kernels move them (`megascale.kernels.dispatch.is_fused`).
     """
 
-    def __init__(self, counts: Tensor, rows: int, slots: int):
-        self.rows, self.size = rows, counts.numel() * slots
+    def __init__(self, counts: Tensor, rows: int, slots: int, fused: bool | None = None):
+        self.size, self.fused = counts.numel() * slots, fused
         first, device = counts.cumsum(0) - counts, counts.device
         slot = torch.arange(slots, device=device)
         # the row of each slot, N for none; and the slot of each row, E S for none
@@ -32,8 +33,8 @@ class Slots:
 
     def fill(self, rows: Tensor) -> Tensor:
         """[N, d] -> [E S, d]."""
-        return take_rows_or_zeros(rows, self.row, self.place[:, None])
+        return take_rows_or_zeros(rows, self.row, self.place[:, None], self.fused)
 
     def empty(self, slots: Tensor) -> Tensor:
         """[E S, d] -> [N, d], zeros for rows of no expert."""
-        return take_rows_or_zeros(slots, self.place, self.row[:, None])
+        return take_rows_or_zeros(slots, self.place, self.row[:, None], self.fused)
