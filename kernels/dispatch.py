@@ -30,6 +30,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def sort_copies_reference(experts: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """`sort_copies` in PyTorch."""
+    experts = experts.contiguous()
     chosen, order = experts.flatten().sort(stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device)).view(experts.shape)
     ends = torch.searchsorted(chosen, torch.arange(count, dtype=chosen.dtype, device=chosen.device), right=True)
@@ -147,7 +148,7 @@ def _(grad, x, weights, place):
 
 @_weighted_sum_backward.register_fake
 def _(grad, x, weights, place):
-    return x.new_empty(x.shape), torch.empty_like(weights)
+    return x.new_empty(x.shape), weights.new_empty(weights.shape)
 
 
 @torch.library.custom_op("megascale::take_rows_or_zeros", mutates_args=(), device_types="cpu")

@@ -1,7 +1,8 @@
 """Triton kernels of `megascale.kernels.dispatch`: a counting sort of choices by expert, and rows that are copied to and summed from places.
 
 N rows of tokens, k choices of each, M = N k copies, E experts, d width. Nothing here adds atomically to global memory: every sum has one
-program that forms it, in a fixed order, so that repetition gives the same bits. Offsets of rows are int64.
+program that forms it, in a fixed order, so that repetition gives the same bits (a block's histogram adds whole numbers in shared memory,
+in which no order shows). Offsets of rows are int64.
 """
 
 from __future__ import annotations
@@ -246,7 +247,7 @@ def weighted_sum_backward(grad: Tensor, x: Tensor, weights: Tensor, place: Tenso
     `sum_copies`.
     """
     grad, x, weights, place = _by_rows(grad), _by_rows(x), weights.contiguous(), place.contiguous()
-    grad_x, grad_weights = x.new_empty(x.shape), torch.empty_like(weights)
+    grad_x, grad_weights = x.new_empty(x.shape), weights.new_empty(weights.shape)
     if place.numel() == 0:
         return grad_x, grad_weights
     if x.shape[1] == 0:

@@ -134,7 +134,7 @@ def swiglu_backward(
     grad, gate, up = _by_rows(grad), _by_rows(gate), _by_rows(up)
     weights = None if weights is None else weights.contiguous()
     grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
-    grad_weights = None if weights is None else torch.empty_like(weights)
+    grad_weights = None if weights is None else weights.new_empty(weights.shape)
     if gate.numel() == 0:
         return grad_gate, grad_up, None if grad_weights is None else grad_weights.zero_()
     block, warps = _tile(gate.shape[1])

@@ -238,6 +238,36 @@ def test_counts_go_to_the_host_at_most_once_a_layer_forward_and_backward(
     assert ranks.run(synchronisations_of_a_layer, parallel, model, world_size=2) == [expected] * 2
 
 
+def result_of_a_layer(rank: int, world: int, parallel: Parallel, model: Model, fused: bool) -> tuple[list[Tensor], set[str]]:
+    """Output and gradients, and the operators that moved rows."""
+    layer, x = split_layer(rank, world, parallel, model), tokens(rank)
+    layer.fused = fused
+    with torch.profiler.profile() as profile:
+        out, _ = layer(x, origin(12))
+        out.square().sum().backward()
+    gradients = [x.grad, *(parameter.grad for parameter in layer.parameters())]
+    moved = {event.name.removeprefix("megascale::") for event in profile.events() or () if event.name.startswith("megascale::")}
+    return [out.detach(), *(gradient for gradient in gradients if gradient is not None)], moved
+
+
+@pytest.mark.parametrize("capacity", [None, 0.7])
+@pytest.mark.parametrize(("parallel", "scope"), [(Parallel(ep=2), "rank"), (Parallel(tp=2, etp=2), "global")], ids=["ep", "etp"])
+def test_kernels_move_the_same_rows_between_ranks(
+    ranks: RankPool, parallel: Parallel, scope: Any, capacity: float | None
+) -> None:
+    """Their operators, as PyTorch: the kernels themselves need a GPU."""
+    model = tiny_model(experts={"count": 4, "per_token": 2, "width": 16, "capacity_factor": capacity, "scope": scope})
+    plain = ranks.run(result_of_a_layer, parallel, model, False, world_size=2)
+    fused = ranks.run(result_of_a_layer, parallel, model, True, world_size=2)
+    by_slots = {"take_rows_or_zeros"} if parallel.ep == 2 and capacity is not None else set()
+    for (expected, before), (found, moved) in zip(plain, fused, strict=True):
+        kernels = {"sort_copies", "write_copies", "sum_copies", "weighted_sum", "swiglu"} | by_slots
+        assert (moved & kernels, before & kernels) == (kernels, set())
+        assert len(found) == len(expected) > 4
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def counts_taken_to_the_host(rank: int, size: int, settings: dict[str, Any]) -> int:
     """In the forward and backward passes of one step."""
     config = Config.model_validate(settings)

@@ -47,7 +47,9 @@ def test_rows(target: str, k: int, width: int) -> None:
 def test_swiglu(target: str, weighted: bool) -> None:
     rows = TOKENS * 8
     hidden = meta(rows, 768)
-    weights = (meta(TOKENS, 8, dtype=torch.float32), meta(rows, dtype=torch.int64), meta(128, dtype=torch.int32)) if weighted else ()
+    weights = (
+        (meta(TOKENS, 8, dtype=torch.float32), meta(rows, dtype=torch.int64), meta(128, dtype=torch.int32)) if weighted else ()
+    )
     for launcher, arguments in ((swiglu_triton.swiglu, (hidden, hidden)), (swiglu_triton.swiglu_backward, (hidden,) * 3)):
         (binary,) = compile_launches(target, launcher, *arguments, *weights)
         binary.check()
