@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
+from megascale.kernels.aggregate import aggregate_streams, linear_aggregate_streams
 from megascale.model.exchange import Exchange, Split, identity
 
 
@@ -43,8 +44,8 @@ class PrefixNetwork(nn.Module):
 
 
 class StreamLinear(nn.Linear):
-    """A linear layer over all streams, one after the other: [T, P, d] -> [T, out]. Streams held elsewhere count as zero here;
-    `merge_streams` adds them.
+    """A linear layer over all streams, one after the other: [T, P, d] -> [T, out], without its bias, which is added where the result is
+    used. Streams held elsewhere count as zero here; `merge_streams` adds them.
     """
 
     def __init__(self, width: int, streams: int, out: int):
@@ -54,7 +55,7 @@ class StreamLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         here = self.weight.narrow(1, self.first_stream * self.width, x.shape[1] * self.width)
-        return self.merge_streams(F.linear(x.flatten(1), here)) + self.bias
+        return self.merge_streams(F.linear(x.flatten(1), here))
 
 
 class Aggregator(nn.Module):
@@ -64,6 +65,7 @@ class Aggregator(nn.Module):
     the published checkpoints order them hidden-major (column j*P + p), which import and export permute.
 
     Where X has only some of the streams, `scatter_streams` adds their parts of y; each rank then goes on with its share of the tokens.
+    `fused` is that of `megascale.kernels.aggregate`, which has the maths.
     """
 
     def __init__(self, width: int, streams: int, smoothing: float, hidden: int | None = None):
@@ -73,13 +75,13 @@ class Aggregator(nn.Module):
         self.smoothing, self.streams = smoothing, streams
         self.scatter_streams: Exchange = identity
         self.share_streams: Exchange = identity
+        self.fused: bool | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scores = self.mix(F.silu(self.hidden(x)))
-        wide = torch.promote_types(x.dtype, torch.float32)
-        weights = scores.to(wide).softmax(-1) * (1 - self.smoothing) + self.smoothing / self.streams
-        here = weights.narrow(1, self.hidden.first_stream, x.shape[1])
-        y = (here[..., None] * x).sum(1).to(x.dtype)
+        hidden, mix = self.hidden, (self.mix.weight, self.mix.bias, self.smoothing)
+        if hidden.merge_streams is identity:
+            return linear_aggregate_streams(x, hidden.weight, hidden.bias, *mix, fused=self.fused)
+        y, weights = aggregate_streams(x, hidden(x), hidden.bias, *mix, first_stream=hidden.first_stream, fused=self.fused)
         return self.scatter_streams(y), self.share_streams(weights)
 
     @torch.no_grad()
