@@ -27,6 +27,7 @@ from megascale.kernels.flash import (
     packed_flash_backward,
     packed_flash_forward,
 )
+from megascale.kernels.merge import merge_streams_by_lse, streams_first
 
 Context = tuple[Tensor, Tensor, Tensor]
 """Keys, values and spans, see above."""
@@ -115,9 +116,11 @@ def _document_forward(
     out, lse = _packed_forward(q, k, v, borders, longest, window)
     if context is None:
         return out, lse
+    out = out.contiguous()
     keys, values, spans = context
     for a, b, c, d in _spans(spans):
-        out[a:b], lse[a:b] = merge_by_lse(out[a:b], lse[a:b], *_span_forward(q[a:b], keys[c:d], values[c:d]))
+        more, more_lse = _span_forward(q[a:b], keys[c:d], values[c:d])
+        _, lse[a:b] = merge_streams_by_lse(out[a:b], lse[a:b], more.transpose(0, 1)[None], more_lse.t()[None])
     return out, lse
 
 
@@ -142,18 +145,6 @@ def _context(keys: Tensor | None, values: Tensor | None, spans: Tensor | None) -
     return None if keys is None or values is None or spans is None else (keys.contiguous(), values.contiguous(), spans)
 
 
-def _streams_first(x: Tensor, streams: int) -> Tensor:
-    """[T, P*H, ...] seen as [P, H, T, ...]."""
-    return x.view(x.shape[0], streams, -1, *x.shape[2:]).movedim(0, 2)
-
-
-def merge_by_lse(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> Pair:
-    """Attention over the union of two key sets from the attention over each; out [..., D], lse [...]."""
-    lse = torch.logaddexp(lse1, lse2)
-    merged = out1 * (lse1 - lse).exp()[..., None] + out2 * (lse2 - lse).exp()[..., None]
-    return merged.to(out1.dtype), lse
-
-
 @torch.library.custom_op("megascale::attention", mutates_args=())
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
@@ -166,15 +157,8 @@ def _attention(
         return out, lse
     streams, here = prefix_k.shape[0], k.shape[1] // prefix_k.shape[1]
     prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
-    by_stream = _streams_first(q, here).expand(streams, -1, -1, -1)
-    merged, merged_lse = merge_by_lse(
-        _streams_first(out, here), _streams_first(lse, here), *flash_forward(by_stream, prefix_k, prefix_v, False)
-    )
-    if here < streams:
-        out, lse = (x.new_empty(x.shape[0], streams * x.shape[1], *x.shape[2:]) for x in (out, lse))
-    _streams_first(out, streams).copy_(merged)
-    _streams_first(lse, streams).copy_(merged_lse)
-    return out, lse
+    by_stream = streams_first(q, here).expand(streams, -1, -1, -1)
+    return merge_streams_by_lse(out.contiguous(), lse, *flash_forward(by_stream, prefix_k, prefix_v, False))
 
 
 @_attention.register_fake
@@ -214,12 +198,12 @@ def _attention_backward(
         return grad_q, grad_k, grad_v, q.new_empty(0), q.new_empty(0), grad_keys, grad_values
     streams, here = prefix_k.shape[0], k.shape[1] // prefix_k.shape[1]
     prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
-    views = [_streams_first(x, streams) for x in (grad, out, lse)]
-    by_stream = _streams_first(q, here).expand(streams, -1, -1, -1)
+    views = [streams_first(x, streams) for x in (grad, out, lse)]
+    by_stream = streams_first(q, here).expand(streams, -1, -1, -1)
     more_q, grad_prefix_k, grad_prefix_v = flash_backward(views[0], by_stream, prefix_k, prefix_v, views[1], views[2], False)
     if here < streams:
         more_q = more_q.sum(0, keepdim=True, dtype=grad_q.dtype)
-    _streams_first(grad_q, here).add_(more_q)
+    streams_first(grad_q, here).add_(more_q)
     prefix_grads = grad_prefix_k.contiguous(), grad_prefix_v.contiguous()
     return grad_q.to(q.dtype), grad_k, grad_v, *prefix_grads, grad_keys, grad_values
 
@@ -281,7 +265,7 @@ def attention_reference(
     distance = tokens[:, None] - tokens
     mask = (document[:, None] == document) & (distance >= 0) & (distance < (window or q.shape[0]))
     here = 1 if prefix_k is None else k.shape[1] // prefix_k.shape[1]
-    queries, keys, values = (_streams_first(x, here).expand(streams, -1, -1, -1) for x in (q, k, v))
+    queries, keys, values = (streams_first(x, here).expand(streams, -1, -1, -1) for x in (q, k, v))
     if prefix_k is not None and prefix_v is not None:
         keys, values = torch.cat([prefix_k, keys], 2), torch.cat([prefix_v, values], 2)
         mask = torch.cat([mask.new_ones(q.shape[0], prefix_k.shape[2]), mask], 1)

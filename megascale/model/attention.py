@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.config.size import strided_layers
-from megascale.kernels.attention import attention, merge_by_lse
+from megascale.kernels.attention import attention
 from megascale.kernels.flash import flash_forward
+from megascale.kernels.merge import merge_by_lse
 from megascale.model.exchange import Exchange, Split, identity
 from megascale.model.layers import RMSNorm, rotary_table, rotate
 from megascale.model.streams import PrefixNetwork

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megascale.kernels.attention import attention, attention_reference, merge_by_lse
+from megascale.kernels.attention import attention, attention_reference
 from megascale.kernels.flash import flash_forward
+from megascale.kernels.merge import merge_by_lse
 from tiny import largest_error
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
