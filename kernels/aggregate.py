@@ -198,9 +198,16 @@ def _differentiate_linear(ctx, grad_y, grad_weights, _grad_shares, _grad_hidden)
 _linear_aggregate.register_autograd(_differentiate_linear, setup_context=_setup_linear)
 
 
-def _is_fused(x: Tensor, inner: int, fused: bool | None) -> bool:
+MOST_STREAMS = 8
+"""With more, the kernels' registers are spilled to memory."""
+
+
+def _is_fused(x: Tensor, mix_weight: Tensor, fused: bool | None) -> bool:
+    if fused is not None:
+        return fused
+    streams, inner = mix_weight.shape
     # rows of other widths have no aligned 16 bytes to load at a time
-    return x.is_cuda and x.shape[2] % 16 == 0 and inner % 16 == 0 if fused is None else fused
+    return x.is_cuda and streams <= MOST_STREAMS and x.shape[2] % 16 == 0 and inner % 16 == 0
 
 
 def aggregate_streams(
@@ -217,11 +224,12 @@ def aggregate_streams(
         mix_bias: [P], as mix_weight.
         smoothing: eps, at least 0 and less than 1.
         first_stream: the number of x's first stream among the P.
-        fused: whether one operator does it, or plain PyTorch in x's type; none: the operator on GPUs where d and h are multiples of 16.
+        fused: whether one operator does it, or plain PyTorch in x's type; none: the operator on GPUs, for d and h that are multiples of 16
+            and at most 8 streams.
 
     Returns: y [T, d] as x, and w [T, P] in fp32 (fp64 for fp64).
     """
-    if _is_fused(x, hidden.shape[1], fused):
+    if _is_fused(x, mix_weight, fused):
         return _aggregate(x, hidden, hidden_bias, mix_weight, mix_bias, smoothing, first_stream)[:2]
     scores = F.linear(F.silu(hidden + hidden_bias), mix_weight, mix_bias)
     weights = _smooth(_wide(scores).softmax(-1), smoothing)
@@ -236,6 +244,6 @@ def linear_aggregate_streams(
 
     bias [h] is the product's; the other arguments and the results are those of `aggregate_streams`.
     """
-    if _is_fused(x, weight.shape[0], fused):
+    if _is_fused(x, mix_weight, fused):
         return _linear_aggregate(x, weight, bias, mix_weight, mix_bias, smoothing)[:2]
     return aggregate_streams(x, F.linear(x.flatten(1), weight), bias, mix_weight, mix_bias, smoothing, fused=False)

@@ -7,7 +7,7 @@ import torch
 from aggregation import NAMES, Case, Upstream, exact, with_gradients
 from torch import Tensor
 
-from megascale.kernels.aggregate import aggregate_streams
+from megascale.kernels.aggregate import aggregate_streams, linear_aggregate_streams
 from megascale.kernels.aggregate_triton import backward_hidden, backward_streams, forward
 
 CASES = [
@@ -108,3 +108,28 @@ def test_rows_may_begin_beyond_32_bits(device: torch.device) -> None:
         wide.copy_(x.detach())
     found, expected = run(case, [*far, *inputs[2:]], upstream), run(case, inputs, upstream)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_operators_run_these_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # in the interpreter too
+    case = Case(tokens=20, streams=3, width=32, inner=48, first=1, here=2)
+    inputs, upstream = case.inputs(torch.float32, device), case.upstream(torch.float32, device)
+    found = with_gradients(aggregate_streams(*inputs, case.smoothing, case.first), inputs, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(found, run(case, inputs, upstream), strict=True))
+
+
+def test_with_the_first_product_in_it_the_gradient_of_x_has_both_parts(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    case = Case(tokens=20, streams=3, width=32, inner=48)
+    x, _, *others = case.inputs(torch.float64, device)
+    weight = torch.linspace(-1, 1, 48 * 96, dtype=torch.float64, device=device).sin().view(48, 96).requires_grad_()
+    inputs, upstream = [x, weight, *others], case.upstream(torch.float64, device)
+    found, expected = (
+        with_gradients(linear_aggregate_streams(*inputs, case.smoothing, fused=fused), inputs, upstream)
+        for fused in (None, False)
+    )
+    for got, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(found[0], expected[0])  # which would be the plain form

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megascale.kernels.attention import attention, attention_reference
 from megascale.kernels.merge import merge_by_lse, streams_first
 from megascale.kernels.merge_triton import merge
 
@@ -81,3 +82,18 @@ def test_a_part_that_sees_nothing_adds_nothing(device: torch.device) -> None:
 def test_without_tokens_there_is_nothing(device: torch.device) -> None:
     merged, lse = merge(*parts(0, 2, 3, 16, torch.float32, device))
     assert merged.shape == (0, 6, 16) and lse.shape == (0, 6)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["each stream its own", "one for all streams"])
+def test_attention_with_prefixes_runs_it(shared: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # in the interpreter too
+    draw = torch.Generator().manual_seed(0)
+    heads = 2 if shared else 6
+    shapes = [(9, heads, 16)] * 3 + [(3, 2, 5, 16)] * 2
+    q, k, v, prefix_k, prefix_v = (torch.randn(shape, generator=draw).to(device) for shape in shapes)
+    borders = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
+    merged: list[object] = []
+    monkeypatch.setattr("megascale.kernels.merge_triton.merge", lambda *a: merged.append(a) or merge(*a))
+    found, true = (function(q, k, v, borders, 5, None, prefix_k, prefix_v) for function in (attention, attention_reference))
+    assert len(merged) == 1
+    torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-5)
