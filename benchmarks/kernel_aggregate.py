@@ -8,8 +8,7 @@ its gradient, (1 + 3/P) u.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,15 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import interleaved
+from benchmarks.measure import milliseconds, peak_allocated_mib
 from megascale.kernels.aggregate import linear_aggregate_streams
 
 SMOOTHING = 0.1
 SHAPES = [(16384, 2, 2048), (16384, 4, 2048), (16384, 8, 2048), (8192, 4, 4096)]
 SMALL_SHAPES = [(512, 4, 256)]
 ROUNDS = 20
-L2_BYTES = 256 * 2**20
-"""Written between two measurements: more than any GPU's second-level cache."""
 
 
 def published(x: Tensor, weight: Tensor, bias: Tensor, mix_weight: Tensor, mix_bias: Tensor) -> Tensor:
@@ -61,43 +58,6 @@ def _gemms(x: Tensor, weight: Tensor, hidden: Tensor) -> None:
     torch.mm(hidden.t(), rows)
 
 
-def _on_gpu(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, in turn, each time with nothing of it in the second-level cache."""
-    flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(3):
-        for run in variants.values():
-            run()
-    for _ in range(rounds):
-        for name, run in variants.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            start.record()
-            run()
-            stop.record()
-            stop.synchronize()
-            times[name].append(start.elapsed_time(stop))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _milliseconds(device: torch.device, variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    if device.type == "cuda":
-        return _on_gpu(variants, rounds)
-    return {name: 1e3 * seconds["best_s"] for name, seconds in interleaved(variants, rounds).items()}
-
-
-def _peak_mib(device: torch.device, run: Callable[[], object]) -> float | None:
-    """What a run allocates beside its inputs at most; only a GPU's allocator tells."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
 def _shape_rows(device: torch.device, tokens: int, streams: int, width: int, rounds: int) -> list[dict[str, Any]]:
     inputs = _inputs(tokens, streams, width, device)
     stream_major = [inputs[0].detach().transpose(0, 1).contiguous().requires_grad_(), *inputs[1:]]
@@ -117,12 +77,11 @@ def _shape_rows(device: torch.device, tokens: int, streams: int, width: int, rou
         "GEMMs": partial(_gemms, inputs[0], inputs[1], grad),
         "copy": lambda: copied.copy_(inputs[0].detach()),
     }
-    times = _milliseconds(device, {**trains, **floor}, rounds)
+    times = milliseconds(device, {**trains, **floor}, rounds)
     size = tokens * streams * width * 2
     moved = size * (2 + 5 / streams)
     floor_ms = times["GEMMs"] + times["copy"] * moved / (2 * size)
-    peaks = {name: _peak_mib(device, run) for name, run in trains.items()}
-    best = min(milliseconds for name, milliseconds in times.items() if name.startswith("compiled"))
+    best = min(value for name, value in times.items() if name.startswith("compiled"))
     return [
         {
             "case": f"T={tokens} P={streams} d={width}",
@@ -133,9 +92,9 @@ def _shape_rows(device: torch.device, tokens: int, streams: int, width: int, rou
             "share of floor": floor_ms / times[name],
             "floor TFLOP": 6 * tokens * streams * width * width / 1e12,
             "floor GB": moved / 1e9,
-            "peak MiB": peaks[name],
+            "peak MiB": peak_allocated_mib(device, run),
         }
-        for name in trains
+        for name, run in trains.items()
     ]
 
 

@@ -110,7 +110,7 @@ def _span_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
 
 
 def _document_forward(
-    q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, window: int, context: Context | None
+    q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, window: int, context: Context | None, fused: bool
 ) -> Pair:
     """out [T,H,D] and lse [T,H] of all but the prefixes."""
     out, lse = _packed_forward(q, k, v, borders, longest, window)
@@ -120,7 +120,7 @@ def _document_forward(
     keys, values, spans = context
     for a, b, c, d in _spans(spans):
         more, more_lse = _span_forward(q[a:b], keys[c:d], values[c:d])
-        _, lse[a:b] = merge_streams_by_lse(out[a:b], lse[a:b], more.transpose(0, 1)[None], more_lse.t()[None])
+        _, lse[a:b] = merge_streams_by_lse(out[a:b], lse[a:b], more.transpose(0, 1)[None], more_lse.t()[None], fused)
     return out, lse
 
 
@@ -148,21 +148,21 @@ def _context(keys: Tensor | None, values: Tensor | None, spans: Tensor | None) -
 @torch.library.custom_op("megascale::attention", mutates_args=())
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
-    keys: Tensor | None, values: Tensor | None, spans: Tensor | None, borders: Tensor, longest: int, window: int,
+    keys: Tensor | None, values: Tensor | None, spans: Tensor | None, borders: Tensor, longest: int, window: int, fused: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q = q.contiguous()
     context = _context(keys, values, spans)
-    out, lse = _document_forward(q, k.contiguous(), v.contiguous(), borders, longest, window, context)
+    out, lse = _document_forward(q, k.contiguous(), v.contiguous(), borders, longest, window, context, fused)
     if prefix_k is None or prefix_v is None:
         return out, lse
     streams, here = prefix_k.shape[0], k.shape[1] // prefix_k.shape[1]
     prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
     by_stream = streams_first(q, here).expand(streams, -1, -1, -1)
-    return merge_streams_by_lse(out.contiguous(), lse, *flash_forward(by_stream, prefix_k, prefix_v, False))
+    return merge_streams_by_lse(out.contiguous(), lse, *flash_forward(by_stream, prefix_k, prefix_v, False), fused)
 
 
 @_attention.register_fake
-def _(q, k, v, prefix_k, prefix_v, keys, values, spans, borders, longest, window):
+def _(q, k, v, prefix_k, prefix_v, keys, values, spans, borders, longest, window, fused=True):
     heads = q.shape[1] if prefix_k is None else q.shape[1] * prefix_k.shape[0] * prefix_k.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape[0], heads, q.shape[2]), q.new_empty(q.shape[0], heads, dtype=wide)
@@ -217,7 +217,7 @@ def _(grad, q, k, v, prefix_k, prefix_v, keys, values, spans, out, lse, borders,
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, prefix_k, prefix_v, keys, values, spans, borders, ctx.longest, ctx.window = inputs
+    q, k, v, prefix_k, prefix_v, keys, values, spans, borders, ctx.longest, ctx.window, _ = inputs
     ctx.save_for_backward(q, k, v, prefix_k, prefix_v, keys, values, spans, *output, borders)
     ctx.mark_non_differentiable(output[1])
 
@@ -227,7 +227,7 @@ def _backward(ctx, grad, _grad_lse):
     grads = torch.ops.megascale.attention_backward(grad, *saved, ctx.longest, ctx.window)
     # of prefixes and context only those that there are
     there = [None if x is None else g for x, g in zip(saved[:7], grads, strict=True)]
-    return *there, None, None, None, None
+    return *there, None, None, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_setup)
@@ -236,6 +236,7 @@ _attention.register_autograd(_backward, setup_context=_setup)
 def attention(
     q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, window: int | None = None,
     prefix_k: Tensor | None = None, prefix_v: Tensor | None = None, context: Context | None = None,
+    fused: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """Causal attention inside each document, every token also seeing its stream's prefix, and spans of tokens keys from elsewhere.
 
@@ -247,11 +248,14 @@ def attention(
         window: a token sees itself and the window - 1 tokens before it; none = all. Prefixes stay visible.
         prefix_k, prefix_v: [P, G, n, D], without rotary (arXiv 2505.10475, section 3); none = plain attention.
         context: keys and values [N, ...] like k and v, and spans int64 [n, 4] on the host (see the module); not with a window.
+        fused: False: parts are merged by PyTorch's own operators, on GPUs too.
 
     Returns: [T, P*H, D].
     """
     assert context is None or not window, "a window cuts through the keys of other ranks"
-    return _attention(q, k, v, prefix_k, prefix_v, *(context or (None, None, None)), borders, longest, window or 0)[0]
+    return _attention(
+        q, k, v, prefix_k, prefix_v, *(context or (None, None, None)), borders, longest, window or 0, fused is not False
+    )[0]
 
 
 def attention_reference(

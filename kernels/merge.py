@@ -27,7 +27,7 @@ def streams_first(x: Tensor, streams: int) -> Tensor:
     return x.view(x.shape[0], streams, -1, *x.shape[2:]).movedim(0, 2)
 
 
-def merge_streams_by_lse(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Pair:
+def merge_streams_by_lse(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor, fused: bool = True) -> Pair:
     """Merge into the attention over some keys that over others. Overwrites `out` where the streams of both are the same number.
 
     Args:
@@ -35,11 +35,12 @@ def merge_streams_by_lse(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tenso
         lse: [T, P*H] or [T, H], fp32 (fp64 for fp64).
         more: [P, H, T, D], as out.
         more_lse: [P, H, T], as lse.
+        fused: on a GPU by one kernel.
 
     Returns: out [T, P*H, D], lse [T, P*H].
     """
     assert out.is_contiguous()
-    if out.is_cuda:
+    if fused and out.is_cuda:
         from megascale.kernels.merge_triton import merge
 
         return merge(out, lse, more, more_lse)

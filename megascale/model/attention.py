@@ -103,9 +103,11 @@ Prefixes = tuple[Tensor | None, Tensor | None]
 """Keys and values [P, G, n, D]; none with P = 1."""
 
 
-def attend_here(q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, prefixes: Prefixes) -> Tensor:
+def attend_here(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, prefixes: Prefixes, fused: bool | None
+) -> Tensor:
     """Attention whose keys are all on this device; arguments and result as of `megascale.kernels.attention.attention`."""
-    return attention(q, k, v, packing.borders, packing.longest, window, *prefixes)
+    return attention(q, k, v, packing.borders, packing.longest, window, *prefixes, fused=fused)
 
 
 class KeyValueCache:
@@ -185,6 +187,7 @@ class Attention(nn.Module):
         self.gather_tokens: Exchange = identity
         self.scatter_tokens: Exchange = identity
         self.attend = attend_here
+        self.fused: bool | None = None
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q [T, P*H, D], rotated k and v [T, P*G, D] of x [T, P, d]."""
@@ -208,7 +211,7 @@ class Attention(nn.Module):
         x = self.gather_tokens(x)
         q, k, v = self.project(x, packing.cos, packing.sin)
         prefixes = self.prefixes(stream)
-        out = self.attend(q, k, v, packing, self.window, prefixes)
+        out = self.attend(q, k, v, packing, self.window, prefixes, self.fused)
         streams = 1 if prefixes[0] is None else prefixes[0].shape[0]
         return self.scatter_tokens(self.o(out.view(x.shape[0], streams, -1)))
 

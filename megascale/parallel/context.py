@@ -80,12 +80,14 @@ class ZigZag:
         borders = torch.cat([*local, torch.tensor([2 * width])]).to(torch.int32)
         return borders.to(documents.device, non_blocking=True), spans
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, prefixes: Prefixes) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, prefixes: Prefixes, fused: bool | None
+    ) -> Tensor:
         """See `attend_here`."""
         assert packing.spans is not None
         keys, values = self._gathered(torch.stack([k, v]))
         context = (keys, values, packing.spans)
-        return attention(q, k, v, packing.borders, packing.longest, window, *prefixes, context)
+        return attention(q, k, v, packing.borders, packing.longest, window, *prefixes, context, fused)
 
 
 class Ulysses:
@@ -94,7 +96,9 @@ class Ulysses:
     def __init__(self, peers: _Peers):
         self.peers = peers
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, prefixes: Prefixes) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, prefixes: Prefixes, fused: bool | None
+    ) -> Tensor:
         """See `attend_here`."""
         ranks, rank, group = self.peers.ranks, self.peers.rank, self.peers.group
         streams, groups = (1, k.shape[1]) if prefixes[0] is None else prefixes[0].shape[:2]
@@ -104,8 +108,8 @@ class Ulysses:
         heads = [part.shape[3] for part in parts]
         swapped = swap_rows(torch.cat(parts, 3), group).flatten(0, 1)
         q, k, v = (part.flatten(1, 2) for part in swapped.split(heads, 2))
-        of_these_heads = (None if x is None else x.unflatten(1, (ranks, -1))[:, rank] for x in prefixes)
-        out = attention(q, k, v, packing.borders, packing.longest, window, *of_these_heads)
+        prefix_k, prefix_v = (None if x is None else x.unflatten(1, (ranks, -1))[:, rank] for x in prefixes)
+        out = attention(q, k, v, packing.borders, packing.longest, window, prefix_k, prefix_v, fused=fused)
         back = swap_rows(out.unflatten(1, (streams, -1)).unflatten(0, (ranks, -1)), group)
         return back.permute(1, 2, 0, 3, 4).flatten(1, 3).contiguous()  # with one head a rank flattening alone does not copy
 

@@ -144,7 +144,7 @@ def test_the_header_of_a_shipped_model_states_its_counts(name: str) -> None:
 @pytest.fixture
 def countable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain matrix products in place of the custom operators, which the counter does not know."""
-    monkeypatch.setattr(attention, "attention", lambda *inputs: attention_reference(*inputs).contiguous())
+    monkeypatch.setattr(attention, "attention", lambda *inputs, fused: attention_reference(*inputs).contiguous())
     monkeypatch.setattr(routing, "grouped_linear", grouped_linear_reference)
 
 
