@@ -73,7 +73,7 @@ def _forward_kernel(
         there = inside & (column < width)
         result = tl.zeros([ROWS, COLUMNS], WIDE)
         for p in tl.static_range(HERE):
-            stream = tl.load(x + rows * x_token + p * x_stream + column, mask=there, other=0).to(WIDE)
+            stream = tl.load(x + rows * x_token + p * tl.cast(x_stream, tl.int64) + column, mask=there, other=0).to(WIDE)
             result += mixed[FIRST + p][:, None] * stream
         tl.store(y + rows * width + column, result, mask=there)
 
@@ -100,7 +100,7 @@ def _backward_streams_kernel(
         g = tl.load(grad_y + rows * grad_token + column, mask=there, other=0).to(WIDE)
         more = ()
         for p in tl.static_range(HERE):
-            stream = tl.load(x + rows * x_token + p * x_stream + column, mask=there, other=0).to(WIDE)
+            stream = tl.load(x + rows * x_token + p * tl.cast(x_stream, tl.int64) + column, mask=there, other=0).to(WIDE)
             more = more + (products[p] + g * stream,)
         products = more
         for p in tl.static_range(HERE):  # behind all loads, which could not be moved over a store

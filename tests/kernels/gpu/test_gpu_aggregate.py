@@ -96,17 +96,18 @@ def test_repetition_gives_the_same_bits(device: torch.device) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_rows_may_begin_beyond_32_bits(device: torch.device) -> None:
+@pytest.mark.parametrize("apart", ["tokens", "streams"])
+def test_rows_may_begin_beyond_32_bits(apart: str, device: torch.device) -> None:
     """Offsets wrap at 2^31 where they are not 64 bits wide; the memory between the rows is reserved, never touched."""
-    case = Case(tokens=17, streams=2, width=16, inner=16)
-    inputs, upstream = case.inputs(torch.bfloat16, device), case.upstream(torch.bfloat16, device)
-    step = 2**31 // 16 + 16
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 24 * 2**30:
-        pytest.skip("needs 17 GiB for its strides")
-    far = [torch.empty_strided((17, *x.shape[1:]), (step, *x.stride()[1:]), dtype=x.dtype, device=device) for x in inputs[:2]]
-    for wide, x in zip(far, inputs, strict=False):
-        wide.copy_(x.detach())
-    found, expected = run(case, [*far, *inputs[2:]], upstream), run(case, inputs, upstream)
+        pytest.skip("needs 12 GiB for its strides")
+    case = Case(tokens=17, streams=4, width=16, inner=16)
+    x, hidden, *others = case.inputs(torch.bfloat16, device)
+    upstream, step = case.upstream(torch.bfloat16, device), 2**31 // 16 + 16
+    strides = (step, 16, 1) if apart == "tokens" else (16, 6 * step, 1)
+    far_x = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=device).copy_(x.detach())
+    far_hidden = torch.empty_strided(hidden.shape, (step, 1), dtype=x.dtype, device=device).copy_(hidden.detach())
+    found, expected = run(case, [far_x, far_hidden, *others], upstream), run(case, [x, hidden, *others], upstream)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
