@@ -1,11 +1,13 @@
-"""`python -m benchmarks {step,memory,gpu,axes,streams_memory,parallel} [options]`."""
+"""`python -m benchmarks {kernels,moe,step,memory,gpu,axes,streams_memory,parallel} [options]`."""
 
 import sys
 
-from benchmarks import axes, gpu, memory, parallel, step, streams_memory
+from benchmarks import axes, gpu, kernels, memory, parallel, step, streams_memory
 
 TABLES = {
     "step": step.main,
+    "kernels": kernels.main,
+    "moe": kernels.moe,
     "memory": memory.main,
     "gpu": gpu.main,
     "axes": axes.main,

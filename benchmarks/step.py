@@ -22,6 +22,7 @@ from megascale.model.decoder import Decoder
 from megascale.model.initialize import initialize
 from megascale.model.loss import LossKernels
 from megascale.observe.throughput import peak_flops
+from megascale.parallel.device import choose_device
 from megascale.parallel.recompute import apply_recompute
 from megascale.train.build import cast
 
@@ -228,6 +229,7 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     torch._dynamo.config.recompile_limit = 64
     shape = Shape.of(given)
+    choose_device(0, 1)  # threads and allocator as runs have them
     tables = {
         "against_transformers": against_transformers(shape, given.rounds),
         "cost_of_axes": cost_of_axes(shape, given.rounds),

@@ -51,11 +51,12 @@ def _multiply_multiples(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 def _sum_multiples(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """Each expert's grad^T x, [E, o, i]. The rows of others that its GEMM goes on into meet zeros, in a copy of the narrower operand."""
-    result = x.new_zeros(ends.shape[0], grad.shape[1], x.shape[1])
+    result = x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
     edges = _edges(ends)
     for e, (start, stop) in enumerate(edges):
         size = _multiple(stop - start)
         if start == stop:
+            result[e].zero_()
             continue
         first = min(start, edges[-1][1] - size)  # rows from the last end on may hold anything
         if first < 0:
@@ -74,8 +75,9 @@ def _only(x: Tensor, start: int, stop: int) -> Tensor:
     """These rows of x, and zeros in place of the others."""
     if stop - start == x.shape[0]:
         return x
-    result = torch.zeros_like(x)
-    result[start:stop] = x[start:stop]
+    result = x.clone()
+    result[:start].zero_()
+    result[stop:].zero_()
     return result
 
 

@@ -1,0 +1,50 @@
+"""The kernels, one table each, and the layer of experts made of them: ours, eager, compiled, public ones; floors, ratios, peak memory.
+
+`python -m benchmarks kernels [--only NAME ...]`, `python -m benchmarks moe`. On a CPU the shapes are small and ours is the plain form:
+the tables only show that they can be filled.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from benchmarks import kernel_aggregate, kernel_dispatch, kernel_loss, kernel_merge
+from benchmarks.measure import print_table, write_result
+
+Rows = Callable[[torch.device, bool], list[dict[str, Any]]]
+KERNELS: dict[str, Rows] = {
+    "aggregate": kernel_aggregate.rows,
+    "merge": kernel_merge.rows,
+    "dispatch": kernel_dispatch.rows,
+    "loss": kernel_loss.rows,
+}
+LAYERS: dict[str, Rows] = {"moe": kernel_dispatch.layer_rows}
+
+
+def _fill(command: str, tables: Mapping[str, Rows], arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(f"python -m benchmarks {command}", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", nargs="+", choices=list(tables), default=list(tables))
+    given = parser.parse_args(arguments)
+    device, found = torch.device(given.device), {}
+    for name in given.only:
+        print(name)
+        found[name] = tables[name](device, device.type == "cpu")
+        print_table(found[name])
+        words = f"python -m benchmarks {command} {' '.join(arguments)}".strip()
+        path = write_result(f"{command}-{device.type}", words, found)  # after each, in case the time runs out
+    print("stored in", path)
+
+
+def main(arguments: list[str]) -> None:
+    """Fill the tables of the kernels."""
+    _fill("kernels", KERNELS, arguments)
+
+
+def moe(arguments: list[str]) -> None:
+    """Fill the table of the layer."""
+    _fill("moe", LAYERS, arguments)
