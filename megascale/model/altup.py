@@ -1,4 +1,4 @@
-"""AltUp: a layer computes on one of K blocks, predicts and corrects the others (arXiv 2301.13310, Algorithm 1).
+"""AltUp: a layer computes on one of K blocks, predicts and corrects the others (arXiv 2301.13310, Algorithm 1; `megascale.kernels.altup`).
 
 T tokens, P streams, K blocks, d width; j the block that is computed. In a form that keeps small updates and starts as the identity:
 
@@ -18,88 +18,18 @@ Both start at 0 here, W at N(0, d): the layer starts as the identity while the m
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
+from megascale.kernels.altup import altup_mix, altup_predict, altup_split
 from megascale.model.attention import Packing
 
-Blocks = tuple[Tensor, ...]
-"""K tensors [T, P, d], views of one state; or [T, 1, d] where the streams still agree."""
-
-
-def _weighted(coefficients: Tensor, blocks: Blocks) -> Tensor:
-    """sum_k c_k x_k in the precision of the coefficients [K] or [T, P, K]."""
-    total = coefficients[..., 0, None] * blocks[0].to(coefficients.dtype)
-    for k in range(1, len(blocks)):
-        total = total + coefficients[..., k, None] * blocks[k].to(coefficients.dtype)
-    return total
-
-
-def _along(product: Tensor, coefficient: Tensor) -> Tensor:
-    """The gradient of a coefficient (0-dimensional, or [T, P]) that multiplied something [T, P, d]: products summed over the rest."""
-    return product.sum() if coefficient.ndim == 0 else product.sum(-1).sum_to_size(coefficient.shape)
-
-
-class _Predict(torch.autograd.Function):
-    """x_j + sum_k c_k x_k in the precision of the blocks. Saves no more than its inputs, of which the blocks are there anyway."""
-
-    @staticmethod
-    def forward(ctx: Any, row: Tensor, computed: int, *blocks: Tensor) -> Tensor:
-        ctx.save_for_backward(row, *blocks)
-        ctx.computed = computed
-        return (blocks[computed] + _weighted(row, blocks)).to(blocks[0].dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        row, *blocks = ctx.saved_tensors
-        wide = grad.to(row.dtype)
-        grad_row = torch.stack([_along(wide * x, row[..., k]) for k, x in enumerate(blocks)], -1)
-        grads = [(row[..., k, None] + (k == ctx.computed)) * wide for k in range(len(blocks))]
-        return grad_row, None, *(g.to(x.dtype).sum_to_size(x.shape) for g, x in zip(grads, blocks, strict=True))
-
-
-class _Mix(torch.autograd.Function):
-    """Predict and correct of all blocks; returns the state [T, P, K, d]. Saves no more than its inputs: the blocks and the update.
-
-    Backward, with S = sum_k (1 + e_k) dx'_k: dF = S; dxh_i = dx'_i, less S for i = j with `read: old`; dc_ik = <dxh_i, x_k>;
-    de_i = <dx'_i, F + r - xh_j>; dx_k = dx'_k + sum_i c_ik dxh_i.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, update: Tensor, predict: Tensor, correct: Tensor, computed: int, predicted: bool, *blocks: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(update, predict, correct, *blocks)
-        ctx.computed, ctx.predicted = computed, predicted
-        delta = _Mix.innovation(update, predict, computed, predicted, blocks)
-        new = [
-            (x + _weighted(predict[..., i, :], blocks) + (1 + correct[..., i, None]) * delta).to(x.dtype)
-            for i, x in enumerate(blocks)
-        ]
-        return torch.stack(new, 2)
-
-    @staticmethod
-    def innovation(update: Tensor, predict: Tensor, computed: int, predicted: bool, blocks: Blocks) -> Tensor:
-        """F + r - xh_j."""
-        wide = update.to(predict.dtype)
-        return wide if predicted else wide - _weighted(predict[..., computed, :], blocks)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        update, predict, correct, *blocks = ctx.saved_tensors
-        delta = _Mix.innovation(update, predict, ctx.computed, ctx.predicted, tuple(blocks))
-        grads = [g.to(predict.dtype) for g in grad.unbind(2)]
-        grad_correct = torch.stack([_along(g * delta, correct[..., i]) for i, g in enumerate(grads)], -1)
-        total = _weighted(1 + correct, tuple(grads))
-        mixed = [g if ctx.predicted or i != ctx.computed else g - total for i, g in enumerate(grads)]
-        rows = [torch.stack([_along(g * x, predict[..., i, k]) for k, x in enumerate(blocks)], -1) for i, g in enumerate(mixed)]
-        grad_blocks = [grads[k] + _weighted(predict[..., :, k], tuple(mixed)) for k in range(len(blocks))]
-        back = [g.to(x.dtype).sum_to_size(x.shape) for g, x in zip(grad_blocks, blocks, strict=True)]
-        return total.to(update.dtype), torch.stack(rows, -2), grad_correct, None, None, *back
+Parts = tuple[Tensor, ...]
+"""What a residual takes of a state, as views: the block [T, P, d] that is computed; of K > 1 blocks also the whole, [T, P, K, d]. One
+stream, [T, 1, ...], where the streams still agree.
+"""
 
 
 class AltUpResidual(nn.Module):
@@ -122,42 +52,46 @@ class AltUpResidual(nn.Module):
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) / u.shape[-1]
         return (F.linear(wide, self.modality * self.modality_norm) * scale).tanh()
 
-    def _prediction(self, blocks: Blocks) -> Tensor:
+    def split(self, state: Tensor) -> Parts:
+        """The block that is computed, and the whole state."""
+        return altup_split(state, self.computed)
+
+    def _prediction(self, parts: Parts) -> Tensor:
         """c, [K, K] or [T, P, K, K]."""
         if not self.by_token:
             return self.predict
-        return F.linear(self._modalities(blocks[self.computed]), self.predict).unflatten(-1, (len(blocks), -1))
+        return F.linear(self._modalities(parts[0]), self.predict).unflatten(-1, (parts[1].shape[2], -1))
 
-    def coefficients(self, blocks: Blocks, update: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, parts: Parts, update: Tensor) -> tuple[Tensor, Tensor]:
         """c [K, K] and e [K], or each token's own, [T, P, K, K] and [T, P, K]."""
-        predict = self._prediction(blocks)
+        predict = self._prediction(parts)
         if not self.by_token:
             return predict, self.correct
-        return predict, F.linear(self._modalities(self._read(blocks, predict).to(predict.dtype) + update), self.correct)
+        return predict, F.linear(self._modalities(self._read(parts, predict).to(predict.dtype) + update), self.correct)
 
-    def read(self, blocks: Blocks, packing: Packing | None = None) -> Tensor:
+    def read(self, parts: Parts, packing: Packing | None = None) -> Tensor:
         """The block that the layer computes on, [T, P, d]: as it is, or as predicted."""
-        return self._read(blocks, self._prediction(blocks)) if self.predicted else blocks[self.computed]
+        return self._read(parts, self._prediction(parts)) if self.predicted else parts[0]
 
-    def _read(self, blocks: Blocks, predict: Tensor) -> Tensor:
+    def _read(self, parts: Parts, predict: Tensor) -> Tensor:
         if not self.predicted:
-            return blocks[self.computed]
-        return _Predict.apply(predict[..., self.computed, :], self.computed, *blocks)
+            return parts[0]
+        return altup_predict(parts[1], predict[..., self.computed, :], self.computed)
 
     def combine(self, attended: Tensor, attention: Tensor, feed_forward: Tensor) -> Tensor:
         """F."""
         return attention + feed_forward
 
-    def forward(self, blocks: Blocks, update: Tensor, packing: Packing | None = None) -> Tensor:
+    def forward(self, parts: Parts, update: Tensor, packing: Packing | None = None) -> Tensor:
         """The next state [T, P, K, d]."""
-        return _Mix.apply(update, *self.coefficients(blocks, update), self.computed, self.predicted, *blocks)
+        return altup_mix(parts[1], update, *self.coefficients(parts, update), self.computed, self.predicted)
 
-    def mixing(self, blocks: Blocks, update: Tensor) -> Tensor:
+    def mixing(self, parts: Parts, update: Tensor) -> Tensor:
         """A [K, K] of x' = A x + (1 + e) F, in fp64: how the blocks alone pass through the layer; the mean over tokens and streams."""
         predict, correct = (
-            x.double().flatten(0, 1).mean(0) if self.by_token else x.double() for x in self.coefficients(blocks, update)
+            x.double().flatten(0, 1).mean(0) if self.by_token else x.double() for x in self.coefficients(parts, update)
         )
-        mixed = predict + torch.eye(len(blocks), dtype=predict.dtype, device=predict.device)
+        mixed = predict + torch.eye(len(predict), dtype=predict.dtype, device=predict.device)
         if self.predicted:
             return mixed
         return mixed - (1 + correct)[:, None] * predict[self.computed]

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.config.size import end_width
-from megascale.model.altup import Blocks
+from megascale.model.altup import Parts
 from megascale.model.attention import Attention, Borders, KeyValueCache, Packing, document_borders, pack
 from megascale.model.exchange import Exchange, identity
 from megascale.model.layers import RMSNorm, SwiGLU
 from megascale.model.loss import IGNORED
 from megascale.model.origin import Draw, Origin, origin_of
 from megascale.model.reinforce import join_policies, reinforce
-from megascale.model.residual import blocks_of, contract, expand, residual_of
+from megascale.model.residual import contract, expand, residual_of
 from megascale.model.routing import Experts
 from megascale.model.streams import Aggregator
 from megascale.model.strided import SequenceResidual
@@ -67,28 +67,28 @@ class Layer(nn.Module):
             self.attention.window = -(-model.sliding_window // model.altup.stride)  # it counts kept tokens
 
     def forward(
-        self, state: Tensor | Blocks, packing: Packing, origin: Origin, only_update: bool = False
+        self, state: Tensor | Parts, packing: Packing, origin: Origin, only_update: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The next state, or only what the residual makes it of (see `megascale.model.residual`), and the router's report (empty for a
-        dense layer). The state may come as its blocks.
+        dense layer). The state may come in its parts.
         """
-        blocks = blocks_of(state) if isinstance(state, Tensor) else state
-        block = self.residual.read(blocks, packing)
+        parts = self.residual.split(state) if isinstance(state, Tensor) else state
+        block = self.residual.read(parts, packing)
         here, there = self._tokens(packing, origin)
         update, report = self._finish(block, self.attention(self.attention_norm(block), here, there.stream), there)
-        return (update if only_update else self.residual(blocks, update, packing)), report
+        return (update if only_update else self.residual(parts, update, packing)), report
 
     def decode(self, state: Tensor, packing: Packing, origin: Origin, cache: KeyValueCache, layer: int) -> Tensor:
         """`forward` for the next tokens of cached texts."""
-        blocks, residual = blocks_of(state), self.residual
+        parts, residual = self.residual.split(state), self.residual
         here, there = self._tokens(packing, origin)
         if isinstance(residual, SequenceResidual) and not len(here.cos):
-            return residual.add(blocks[0], cache.shifts[layer])
-        block = residual.read(blocks, packing)
+            return residual.add(parts[0], cache.shifts[layer])
+        block = residual.read(parts, packing)
         update, _ = self._finish(block, self.attention.decode(self.attention_norm(block), here, cache, layer), there)
         if isinstance(residual, SequenceResidual):
             cache.shifts[layer] = residual.shift(block, update).unflatten(0, (cache.batch, -1))[:, -1]
-        return residual(blocks, update, packing)
+        return residual(parts, update, packing)
 
     def _tokens(self, packing: Packing, origin: Origin) -> tuple[Packing, Origin]:
         """Of the tokens that the layer computes on."""

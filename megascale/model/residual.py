@@ -1,13 +1,14 @@
 """The residual of a layer: the plain one, K blocks (AltUp), or every k-th token (Sequence-AltUp), behind one interface.
 
-T tokens, P streams, K blocks, d width. Between layers the state is [T, P, K, d]; inside a layer it is seen as its K blocks [T, P, d],
-views of it. Every residual answers
+T tokens, P streams, K blocks, d width. Between layers the state is [T, P, K, d]; inside a layer it
+is seen in parts, views of it. Every residual answers
 
-    read(blocks, packing)                           what the layer computes on
+    split(state)                                    what the others take of the state
+    read(parts, packing)                            what the layer computes on
     combine(attended, attention, feed_forward)      the layer's update, of what its two halves gave
-    residual(blocks, update, packing)               the next state
+    residual(parts, update, packing)                the next state
 
-A block may have one stream while the update has P: it is then the same for all of them.
+The state may have one stream while the update has P: it is then the same for all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from megascale.config.schema import Model
 from megascale.config.size import strided_layers
-from megascale.model.altup import AltUpResidual, Blocks
+from megascale.model.altup import AltUpResidual, Parts
 from megascale.model.attention import Packing
 from megascale.model.strided import SequenceResidual
 
@@ -24,15 +25,19 @@ from megascale.model.strided import SequenceResidual
 class SingleResidual(nn.Module):
     """The plain residual, K = 1: the update is the next state. All but the sums are views."""
 
-    def read(self, blocks: Blocks, packing: Packing | None = None) -> Tensor:
+    def split(self, state: Tensor) -> Parts:
         """The only block."""
-        return blocks[0]
+        return (state.squeeze(2),)
+
+    def read(self, parts: Parts, packing: Packing | None = None) -> Tensor:
+        """The only block."""
+        return parts[0]
 
     def combine(self, attended: Tensor, attention: Tensor, feed_forward: Tensor) -> Tensor:
         """(x + attention) + feed-forward."""
         return attended + feed_forward
 
-    def forward(self, blocks: Blocks, update: Tensor, packing: Packing | None = None) -> Tensor:
+    def forward(self, parts: Parts, update: Tensor, packing: Packing | None = None) -> Tensor:
         """[T, P, 1, d]."""
         return update.unsqueeze(2)
 
@@ -53,14 +58,6 @@ def residual_of(model: Model, layer: int) -> Residual:
     if layer in strided_layers(model):
         return SequenceResidual()
     return AltUpResidual(model, computed_block(layer, model)) if model.altup.blocks > 1 else SingleResidual()
-
-
-def blocks_of(state: Tensor) -> Blocks:
-    """[T, P, K, d] -> K views [T, P, d].
-
-    Unbound at once, not selected one by one: the backward of unbind stacks the K gradients, that of select fills a K-wide zero tensor.
-    """
-    return (state.squeeze(2),) if state.shape[2] == 1 else state.unbind(2)
 
 
 def expand(embedding: Tensor, streams: int, model: Model) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megascale.kernels.dispatch import take_rows
-from megascale.model.altup import Blocks
+from megascale.model.altup import Parts
 from megascale.model.attention import Packing
 
 
@@ -28,10 +28,14 @@ class SequenceResidual(nn.Module):
         self.fused: bool | None = None
         """whether its kernels are used (`megascale.kernels.dispatch.is_fused`)"""
 
-    def read(self, blocks: Blocks, packing: Packing) -> Tensor:
+    def split(self, state: Tensor) -> Parts:
+        """The only block."""
+        return (state.squeeze(2),)
+
+    def read(self, parts: Parts, packing: Packing) -> Tensor:
         """The kept tokens [T', P, d] of the only block."""
         assert packing.kept is not None
-        (x,) = blocks
+        (x,) = parts
         kept = take_rows(x.flatten(1), packing.kept.tokens, packing.kept.place, some_nowhere=True, fused=self.fused)
         return kept.unflatten(1, x.shape[1:])
 
@@ -49,9 +53,9 @@ class SequenceResidual(nn.Module):
         wide = x.to(self.predict.dtype)
         return (wide + self.predict[0] * wide + shift).to(x.dtype).unsqueeze(2)
 
-    def forward(self, blocks: Blocks, update: Tensor, packing: Packing) -> Tensor:
+    def forward(self, parts: Parts, update: Tensor, packing: Packing) -> Tensor:
         """The next state [T, P, 1, d] of all tokens."""
         assert packing.kept is not None
-        shift = self.shift(self.read(blocks, packing), update)
+        shift = self.shift(self.read(parts, packing), update)
         spread = take_rows(shift.flatten(1), packing.kept.group, packing.kept.members, True, self.fused)
-        return self.add(blocks[0], spread.unflatten(1, shift.shape[1:]))
+        return self.add(parts[0], spread.unflatten(1, shift.shape[1:]))

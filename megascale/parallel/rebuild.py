@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 from megascale.model.attention import Packing
 from megascale.model.decoder import Decoder, Layer
 from megascale.model.origin import Origin
-from megascale.model.residual import blocks_of
 from megascale.parallel.expert_exchange import remember_numbers
 
 
@@ -91,8 +90,8 @@ def _drop(saved: Tensor) -> Tensor:
 def _next_state(state: Tensor, layer: Layer, packing: Packing, update: Tensor) -> Tensor:
     # with gradients, as in the forward pass, so that a compiled layer runs the same kernels; what they would save is dropped
     with torch.enable_grad(), saved_tensors_hooks(_drop, _drop):
-        blocks = blocks_of(state.detach().requires_grad_())
-        return layer.residual(blocks, update.detach().requires_grad_(), packing).detach()
+        parts = layer.residual.split(state.detach().requires_grad_())
+        return layer.residual(parts, update.detach().requires_grad_(), packing).detach()
 
 
 class RebuiltLayers:
@@ -110,16 +109,16 @@ class RebuiltLayers:
             state = state.contiguous()  # of the same strides as the others, which torch.compile would else take for dynamic
             chain = _Chain(state)
 
-        def update_of(*blocks: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return layer(blocks, packing, origin, only_update=True)
+        def update_of(*parts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return layer(parts, packing, origin, only_update=True)
 
-        def next_of(update: Tensor, *blocks: Tensor) -> Tensor:
-            return layer.residual(blocks, update, packing)
+        def next_of(update: Tensor, *parts: Tensor) -> Tensor:
+            return layer.residual(parts, update, packing)
 
-        blocks = blocks_of(state)  # once, for the same gradients to the bit as without recomputation
+        parts = layer.residual.split(state)  # once, for the same gradients to the bit as without recomputation
         with saved_tensors_hooks(chain.pack, _unpack):
-            update, report = _recomputed(update_of, *blocks)
-            new = _recomputed(next_of, update, *blocks)
+            update, report = _recomputed(update_of, *parts)
+            new = _recomputed(next_of, update, *parts)
         chain.add(layer, packing, update, new)
         self.chain = weakref.ref(chain)
         return new, report

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from megascale.config.schema import Model
 from megascale.data.batches import SequenceSet
-from megascale.model.altup import AltUpResidual, Blocks
+from megascale.model.altup import AltUpResidual, Parts
 from megascale.model.attention import Packing
 from megascale.model.decoder import Layer
 from megascale.model.origin import Origin
-from megascale.model.residual import blocks_of
 from megascale.model.strided import SequenceResidual
 from megascale.parallel.mesh import Mesh
 from megascale.parallel.pipeline import Stages
@@ -34,17 +33,17 @@ def altup_health(stages: Stages, sequences: SequenceSet, model: Model, mesh: Mes
     # by layer: squares of the difference and of the mean, sum and number of the gains, number of ranks, A; every rank adds its part
     sums = torch.zeros(model.layers, 5 + blocks**2, dtype=torch.float64)
 
-    def note(layer: int, residual: Any, blocks: Blocks, update: Tensor, state: Tensor) -> None:
+    def note(layer: int, residual: Any, parts: Parts, update: Tensor, state: Tensor) -> None:
         if isinstance(residual, SequenceResidual):
             sums[layer, 2:4] = torch.tensor([1 + float(residual.correct), 1.0])
         if isinstance(residual, AltUpResidual):
             wide = state.double()
             mean = wide.mean(2, keepdim=True)
-            gains = 1 + residual.coefficients(blocks, update)[1].double()
-            squares = [(wide - mean).square().sum() / len(blocks), mean.square().sum()]
+            gains = 1 + residual.coefficients(parts, update)[1].double()
+            squares = [(wide - mean).square().sum() / state.shape[2], mean.square().sum()]
             sums[layer, :3] = torch.stack([*squares, gains.sum()]).cpu()
             sums[layer, 3:5] = torch.tensor([gains.numel(), 1])
-            sums[layer, 5:] = residual.mixing(blocks, update).flatten().cpu()
+            sums[layer, 5:] = residual.mixing(parts, update).flatten().cpu()
 
     with _watched(stages, note):
         stages.evaluate(sequences.sequences(range(1)))
@@ -81,10 +80,10 @@ def _watched(stages: Stages, note: Any) -> Iterator[None]:
         def run(
             layer: Layer, state: Tensor, packing: Packing, origin: Origin, numbers: dict[int, int] = numbers
         ) -> tuple[Tensor, dict[str, Tensor]]:
-            blocks = blocks_of(state)
+            parts = layer.residual.split(state)
             update, report = layer.forward(state, packing, origin, only_update=True)
-            state = layer.residual.forward(blocks, update, packing)
-            note(numbers[id(layer)], layer.residual, blocks, update, state)
+            state = layer.residual.forward(parts, update, packing)
+            note(numbers[id(layer)], layer.residual, parts, update, state)
             return state, report
 
         decoder.run_layer = run

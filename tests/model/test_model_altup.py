@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megascale.model.altup import AltUpResidual
 from megascale.model.decoder import Decoder, is_routed
-from megascale.model.residual import SingleResidual, blocks_of, computed_block, contract, expand
+from megascale.model.residual import SingleResidual, computed_block, contract, expand
 from tiny import packed_batch, tiny_decoder, tiny_model
 
 BATCH = packed_batch([[7, 5], [12]])
@@ -37,10 +37,10 @@ def sublayer(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def step(module: AltUpResidual | SingleResidual, state: Tensor) -> Tensor:
-    blocks = blocks_of(state)
-    block = module.read(blocks)
+    parts = module.split(state)
+    block = module.read(parts)
     attention, feed_forward = sublayer(block)
-    return module(blocks, module.combine(block + attention, attention, feed_forward))
+    return module(parts, module.combine(block + attention, attention, feed_forward))
 
 
 def by_definition(module: AltUpResidual, state: Tensor) -> Tensor:
@@ -101,10 +101,10 @@ def test_a_layer_is_a_static_hyper_connection(blocks: int, layer: int, read: str
 def test_the_gradient_is_the_derived_one() -> None:
     """dxh_i = dx'_i - [i = j] S and dg_i = <dx'_i, y - xh_j> with S = sum_k g_k dx'_k; the block that is read gets S from outside."""
     module, state = residual(3, 1, 0.5, read="old"), state_of(3)
-    blocks = blocks_of(state)
-    block = module.read(blocks)
+    parts = module.split(state)
+    block = module.read(parts)
     attention, feed_forward = (y.detach() for y in sublayer(block))
-    out = module(blocks, module.combine(block + attention, attention, feed_forward))
+    out = module(parts, module.combine(block + attention, attention, feed_forward))
     grad = torch.randn(out.shape, dtype=out.dtype)
     grad_state, grad_p, grad_g = torch.autograd.grad(out, (state, module.predict, module.correct), grad)
     p, g, j, x = torch.eye(3) + module.predict.detach(), 1 + module.correct.detach(), 1, state.detach()
@@ -143,7 +143,7 @@ def test_the_identity_start_adds_the_layers_output_bit_for_bit(dtype: torch.dtyp
     """The update, which has the state's precision, is added as it is, though y = x + F would round a small one away."""
     module = residual(3, dtype=torch.float32, read=read, coefficients=coefficients)
     x, update = (torch.randn(5, 2, 8) * 100).to(dtype), torch.randn(5, 2, 8).to(dtype)
-    found = module(blocks_of(x[:, :, None].expand(-1, -1, 3, -1)), update)
+    found = module(module.split(x[:, :, None].expand(-1, -1, 3, -1)), update)
     assert all(torch.equal(found[:, :, i], x + update) for i in range(3))
 
 
@@ -212,8 +212,8 @@ def test_a_layer_reads_its_block_only(layer: int) -> None:
     module, state = residual(3, layer, 0.5), state_of(3).detach()
     changed = state + 1
     changed[:, :, layer % 3] = state[:, :, layer % 3]
-    assert torch.equal(module.read(blocks_of(changed)), module.read(blocks_of(state)))
-    assert torch.equal(module.read(blocks_of(state)), state[:, :, layer % 3])
+    assert torch.equal(module.read(module.split(changed)), module.read(module.split(state)))
+    assert torch.equal(module.read(module.split(state)), state[:, :, layer % 3])
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,8 @@ def test_one_block_costs_no_copy() -> None:
     embedding, model = torch.randn(5, 32), tiny_model()
     state = expand(embedding, 1, model)
     assert state.shape == (5, 1, 1, 32)
-    read = SingleResidual().read(blocks_of(state))
+    residual = SingleResidual()
+    read = residual.read(residual.split(state))
     assert contract(state, model).data_ptr() == read.data_ptr() == embedding.data_ptr()
 
 
@@ -260,7 +261,7 @@ def test_streams_that_still_agree_may_come_as_one(coefficients: str) -> None:
     for read in READS:
         module = residual(3, 1, 0.5, read=read, coefficients=coefficients)
         shared, update = state_of(3)[:, :1].detach().requires_grad_(), torch.randn(5, 2, 8, dtype=torch.float64)
-        outs = [module(blocks_of(state), update) for state in (shared, shared.expand(-1, 2, -1, -1))]
+        outs = [module(module.split(state), update) for state in (shared, shared.expand(-1, 2, -1, -1))]
         assert outs[0].shape == (5, 2, 3, 8)
         torch.testing.assert_close(*outs)
         factors = torch.linspace(-1, 1, outs[0].numel()).view(outs[0].shape)

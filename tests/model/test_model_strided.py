@@ -10,10 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from megascale.model.altup import Blocks
 from megascale.model.attention import KeyValueCache, pack
 from megascale.model.decoder import Decoder
-from megascale.model.residual import blocks_of
 from megascale.model.strided import SequenceResidual
 from tiny import packed_batch, tiny_decoder, tiny_model
 
@@ -74,9 +72,9 @@ def test_a_layer_is_the_definition_with_its_gradients(texts: list[list[int]], st
     assert packing.kept is not None
     shapes = (batch.tokens.numel(), 2, 1, 8), (len(packing.kept.tokens), 2, 8)
     state, update = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
-    blocks: Blocks = blocks_of(state)
-    assert torch.equal(residual.read(blocks, packing), state[packing.kept.tokens, :, 0])
-    found = residual(blocks, update, packing)[:, :, 0]
+    parts = residual.split(state)
+    assert torch.equal(residual.read(parts, packing), state[packing.kept.tokens, :, 0])
+    found = residual(parts, update, packing)[:, :, 0]
     expected = by_definition(residual, state[:, :, 0], update, batch.positions.flatten(), stride)
     torch.testing.assert_close(found, expected)
     inputs, factors = (state, update, *residual.parameters()), torch.linspace(-1, 1, found.numel()).view(found.shape)
@@ -90,7 +88,8 @@ def test_it_starts_by_giving_each_token_the_update_of_its_kept_one() -> None:
     batch = packed_batch([[5, 4]])
     packing = pack(batch.positions, batch.documents, tiny_model(**strided(3)))
     x, update = torch.randn(9, 2, 8), torch.randn(4, 2, 8)
-    found = SequenceResidual()(blocks_of(x[:, :, None]), update, packing)
+    residual = SequenceResidual()
+    found = residual(residual.split(x[:, :, None]), update, packing)
     assert torch.equal(found[:, :, 0], x + update[[0, 0, 0, 1, 1, 2, 2, 2, 3]])
 
 

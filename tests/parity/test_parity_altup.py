@@ -11,7 +11,6 @@ from transformers.models.gemma3n.configuration_gemma3n import Gemma3nTextConfig
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextAltUp
 
 from megascale.model.altup import AltUpResidual
-from megascale.model.residual import blocks_of
 from tiny import tiny_model
 
 WIDTH = 64
@@ -78,9 +77,9 @@ def inputs(blocks: int) -> tuple[Tensor, Tensor]:
 
 def step(module: AltUpResidual, state: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
     """The predicted block and the corrected state [K, B, T, d], of their state; B stands where we have streams."""
-    views = blocks_of(state.permute(2, 1, 0, 3))
-    read = module.read(views)
-    corrected = module(views, activated.transpose(0, 1) - read)
+    parts = module.split(state.permute(2, 1, 0, 3))
+    read = module.read(parts)
+    corrected = module(parts, activated.transpose(0, 1) - read)
     return read.transpose(0, 1), corrected.permute(2, 1, 0, 3)
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megascale.model.altup import AltUpResidual
-from megascale.model.residual import blocks_of
 from megascale.train.altup_health import mix_gains
 from megascale.train.validate import validate
 from runs import build_parts, tiny_config
@@ -44,9 +43,9 @@ def test_a_layers_mix_is_its_way_from_blocks_to_blocks(read: str, coefficients: 
     for parameter in module.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
     state = torch.randn(1, 1, 3, 8, generator=generator, dtype=torch.float64)
-    blocks, update = blocks_of(state), torch.zeros(1, 1, 8).double()
-    expected: Tensor = module(blocks, update)
-    torch.testing.assert_close(torch.einsum("ik,tpkd->tpid", module.mixing(blocks, update), state), expected)
+    parts, update = module.split(state), torch.zeros(1, 1, 8).double()
+    expected: Tensor = module(parts, update)
+    torch.testing.assert_close(torch.einsum("ik,tpkd->tpid", module.mixing(parts, update), state), expected)
 
 
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
