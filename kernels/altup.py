@@ -13,7 +13,8 @@ Backward, with S = sum_k (1 + e_k) dx'_k: dF = S; dxh_i = dx'_i, less S for i = 
 dc_ik = <dxh_i, x_k>; de_i = <dx'_i, F + r - xh_j>. Nothing but the inputs is saved.
 
 In units of T*P*d elements the mix cannot move less than 2K + 1 forward (K blocks and F in, K out) and 3K + 2 backward (dx', x, F in, dx, dF
-out), and the kernels move that. Compiled by inductor the plain forms below move 2K + 1 and, measured on K = 2 and 4, 11 and 27 backward.
+out), and the kernels move that. Inductor (torch 2.13, counted by its scheduler) makes 2K + 1 forward and 8, 22, 90 backward of the plain
+form for K = 2, 4, 8.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ class AltUpResidual(nn.Module):
         blocks, width = model.altup.blocks, model.width
         self.computed, self.predicted, self.eps = computed, model.altup.read == "predicted", model.norm_eps
         self.by_token = model.altup.coefficients == "token"
+        self.fused: bool | None = None
         self.predict = nn.Parameter(torch.zeros(blocks**2, blocks) if self.by_token else torch.zeros(blocks, blocks))
         self.correct = nn.Parameter(torch.zeros(blocks, blocks) if self.by_token else torch.zeros(blocks))
         if self.by_token:
@@ -54,7 +55,7 @@ class AltUpResidual(nn.Module):
 
     def split(self, state: Tensor) -> Parts:
         """The block that is computed, and the whole state."""
-        return altup_split(state, self.computed)
+        return altup_split(state, self.computed, self.fused)
 
     def _prediction(self, parts: Parts) -> Tensor:
         """c, [K, K] or [T, P, K, K]."""
@@ -76,7 +77,7 @@ class AltUpResidual(nn.Module):
     def _read(self, parts: Parts, predict: Tensor) -> Tensor:
         if not self.predicted:
             return parts[0]
-        return altup_predict(parts[1], predict[..., self.computed, :], self.computed)
+        return altup_predict(parts[1], predict[..., self.computed, :], self.computed, self.fused)
 
     def combine(self, attended: Tensor, attention: Tensor, feed_forward: Tensor) -> Tensor:
         """F."""
@@ -84,7 +85,7 @@ class AltUpResidual(nn.Module):
 
     def forward(self, parts: Parts, update: Tensor, packing: Packing | None = None) -> Tensor:
         """The next state [T, P, K, d]."""
-        return altup_mix(parts[1], update, *self.coefficients(parts, update), self.computed, self.predicted)
+        return altup_mix(parts[1], update, *self.coefficients(parts, update), self.computed, self.predicted, self.fused)
 
     def mixing(self, parts: Parts, update: Tensor) -> Tensor:
         """A [K, K] of x' = A x + (1 + e) F, in fp64: how the blocks alone pass through the layer; the mean over tokens and streams."""

@@ -83,6 +83,17 @@ def test_a_layer_is_algorithm_1_with_its_gradients(
         torch.testing.assert_close(got, true)
 
 
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+def test_with_kernels_a_layer_has_the_same_bits(read: str, coefficients: str) -> None:
+    module, state = residual(3, 1, 0.5, read=read, coefficients=coefficients), state_of(3)
+    found = []
+    for module.fused in (False, True):
+        out = step(module, state)
+        found.append([out, *torch.autograd.grad(out.sin().sum(), (state, *module.parameters()))])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @settings(max_examples=40)
 @given(blocks=st.integers(2, 5), layer=st.integers(0, 9), read=st.sampled_from(READS), spread=st.floats(0, 2))
 def test_a_layer_is_a_static_hyper_connection(blocks: int, layer: int, read: str, spread: float) -> None:
