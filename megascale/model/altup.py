@@ -41,6 +41,7 @@ class AltUpResidual(nn.Module):
         self.computed, self.predicted, self.eps = computed, model.altup.read == "predicted", model.norm_eps
         self.by_token = model.altup.coefficients == "token"
         self.fused: bool | None = None
+        """whether the kernels are used (`megascale.kernels.altup`)"""
         self.predict = nn.Parameter(torch.zeros(blocks**2, blocks) if self.by_token else torch.zeros(blocks, blocks))
         self.correct = nn.Parameter(torch.zeros(blocks, blocks) if self.by_token else torch.zeros(blocks))
         if self.by_token:
