@@ -71,6 +71,16 @@ def test_rebuilt_states_give_the_same_bits(name: str, dtype: torch.dtype) -> Non
     assert [name for name, gradient in results[0].items() if not torch.equal(results[1][name], gradient)] == []
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_so_they_do_with_kernels(name: str) -> None:
+    results = [step(build(MODELS[name], "none"))]
+    decoder = build(MODELS[name], "layer")
+    for layer in decoder.layers.values():
+        layer.residual.fused = True
+    results.append(step(decoder))
+    assert [name for name, gradient in results[0].items() if not torch.equal(results[1][name], gradient)] == []
+
+
 @pytest.mark.parametrize("name", ["static", pytest.param("token, predicted, wide", marks=pytest.mark.full)])
 def test_so_do_compiled_layers(name: str) -> None:
     torch._dynamo.reset()
