@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernel_aggregate, kernel_dispatch, kernel_loss, kernel_merge
+from benchmarks import kernel_aggregate, kernel_altup, kernel_dispatch, kernel_loss, kernel_merge
 from benchmarks.measure import print_table, write_result
 
 Rows = Callable[[torch.device, bool], list[dict[str, Any]]]
 KERNELS: dict[str, Rows] = {
     "aggregate": kernel_aggregate.rows,
+    "altup": kernel_altup.rows,
     "merge": kernel_merge.rows,
     "dispatch": kernel_dispatch.rows,
     "loss": kernel_loss.rows,
