@@ -165,7 +165,7 @@ def build(
     zero = zero_stage_of(config, mesh.world.size)
     if zero:
         refuse_idle_ranks(trained_names(everywhere, config.optimizer, frozen), config)
-    use_kernels(stages.modules(), config.kernels, mesh.world.device.torch, say)
+    say(f"kernels: {use_kernels(stages.modules(), config.kernels, mesh.world.device.torch)}")
     if zero == 3 and config.compile == "auto":
         say("training eagerly: torch.compile would trace DeepSpeed's gathering of weights (ZeRO 3) in every layer")
     elif config.parallel.pp > 1 and config.parallel.schedule in SPLIT_BACKWARD and config.compile == "auto":

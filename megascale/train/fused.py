@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,10 +15,8 @@ FUSED = "fused"
 """Modules with kernels have an attribute of this name: none lets the device decide, False means plain PyTorch."""
 
 
-def use_kernels(
-    modules: Sequence[nn.Module], choice: Literal["auto", "plain"], device: torch.device, say: Callable[[str], None]
-) -> None:
-    """Let the parts of these models use their kernels, or not, and say so.
+def use_kernels(modules: Sequence[nn.Module], choice: Literal["auto", "plain"], device: torch.device) -> str:
+    """Let the parts of these models use their kernels, or not; in words, which do.
 
     Raises:
         InputError: there is a GPU and no triton.
@@ -27,8 +25,7 @@ def use_kernels(
     if device.type == "cpu" or choice == "plain":
         for part in parts:
             setattr(part, FUSED, False)
-        say(f"kernels: plain PyTorch ({'kernels=plain' if choice == 'plain' else 'the Triton ones are for GPUs'})")
-        return
+        return f"plain PyTorch ({'kernels=plain' if choice == 'plain' else 'the Triton ones are for GPUs'})"
     if importlib.util.find_spec("triton") is None:
         raise InputError("kernels: auto", "triton is not installed", "install the triton of this torch, or set kernels=plain")
     import triton
@@ -36,4 +33,4 @@ def use_kernels(
     for part in parts:
         setattr(part, FUSED, None)
     names = ", ".join(sorted({type(part).__name__ for part in parts})) or "no part of this model has any"
-    say(f"kernels: triton {triton.__version__} ({names})")
+    return f"triton {triton.__version__} ({names})"

@@ -30,23 +30,22 @@ def model() -> nn.Sequential:
 
 
 def decided(model: nn.Sequential, choice, device: torch.device) -> tuple[list[bool | None], str]:
-    said: list[str] = []
-    use_kernels([model], choice, device, said.append)
-    return [part.fused for part in model.modules() if isinstance(part, Part)], said[0]
+    said = use_kernels([model], choice, device)
+    return [part.fused for part in model.modules() if isinstance(part, Part)], said
 
 
 def test_a_cpu_has_plain_pytorch(model: nn.Sequential) -> None:
-    assert decided(model, "auto", CPU) == ([False, False], "kernels: plain PyTorch (the Triton ones are for GPUs)")
+    assert decided(model, "auto", CPU) == ([False, False], "plain PyTorch (the Triton ones are for GPUs)")
 
 
 def test_a_gpu_may_have_it_too(model: nn.Sequential) -> None:
-    assert decided(model, "plain", CUDA) == ([False, False], "kernels: plain PyTorch (kernels=plain)")
+    assert decided(model, "plain", CUDA) == ([False, False], "plain PyTorch (kernels=plain)")
 
 
 def test_on_a_gpu_every_part_with_kernels_uses_them(model: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.6.0"))
-    assert decided(model, "auto", CUDA) == ([None, None], "kernels: triton 3.6.0 (Part)")
+    assert decided(model, "auto", CUDA) == ([None, None], "triton 3.6.0 (Part)")
 
 
 def test_a_gpu_without_triton_is_refused_with_the_way_out(model: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
