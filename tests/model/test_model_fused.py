@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megascale.model.altup import AltUpResidual
+from megascale.model.decoder import Decoder
+from megascale.model.routers import ROUTERS
 from megascale.model.streams import Aggregator
 from tiny import tiny_model
 
@@ -35,7 +37,7 @@ class Watch(TorchDispatchMode):
                     self.found.add(f"{name} in fp32")
                 if name in ("aten::cat", "aten::stack", "aten::clone"):
                     self.found.add(name)
-        if name in ("aten::_local_scalar_dense", "aten::nonzero"):
+        if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::_unique2", "aten::masked_select", "aten::bincount"):
             self.found.add(f"{name} waits")
         return result
 
@@ -83,6 +85,26 @@ def watched(part: str, fused: bool) -> set[str]:
 @pytest.mark.parametrize("part", PARTS)
 def test_nothing_as_large_as_the_state_is_made_but_results(part: str) -> None:
     assert watched(part, True) == set()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("capacity", [None, 1.0])
+def test_a_whole_forward_and_backward_pass_waits_for_nothing(router: str, capacity: float | None) -> None:
+    """On tensors without values. (Behind it the step waits once, for the norm of the gradients, which the guard has to know.)"""
+    per_token = 1 if router in ("hash", "rl_r") else 2
+    experts = {"count": 4, "per_token": per_token, "width": 16, "router": router, "capacity_factor": capacity, "shared": 1}
+    model = tiny_model(streams={"count": 2, "prefix_tokens": 3}, altup={"blocks": 2}, experts=experts)
+    with torch.device("meta"):
+        decoder = Decoder(model)
+        for module in decoder.modules():
+            if hasattr(module, "fused"):
+                module.fused = True
+        tokens, documents = torch.empty(2, 16, dtype=torch.int64), torch.empty(2, 16, dtype=torch.int32)
+        with Watch() as watch:
+            losses = decoder.losses(tokens, tokens, documents, tokens, torch.empty(()))
+            assert losses.lm is not None
+            sum({**losses.auxiliary, **losses.rewarded}.values(), losses.lm).backward()
+    assert not any(name.endswith("waits") for name in watch.found)
 
 
 @pytest.mark.parametrize("part", PARTS)
