@@ -1,0 +1,282 @@
+"""Memory of a rank by arithmetic: what the dry run finds by running every operation on meta tensors, in microseconds.
+
+Activations are those that eager execution keeps (torch.compile keeps less), counted tensor by tensor in `kept_by_layer`; the comments there
+name them. Two moments can be the worst of a step: the loss of a chunk of tokens on the last stage, and the backward pass of a layer. The
+form of the counts is that of Korthikanti et al. 2022 (arXiv 2205.05198, section 4), with this model's own tensors.
+
+T tokens, t tensor-parallel ranks, d width, H D width of the queries, G D of the keys, f feed-forward width, P streams, K blocks, k experts
+a token, e bytes of an element.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import islice
+
+from megascale.config.layout import V_SHAPED, stages_per_rank
+from megascale.config.size import end_width
+from megascale.model.loss import CHUNK
+from megascale.parallel.rebuild import rebuilding_saves
+from megascale.parallel.zero_traffic import MOST_LIVE
+from megascale.plan.rank import Elements, Plan
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank at the worst moment of a step."""
+
+    parameters: float
+    gathered: float
+    """weights that ZeRO 3 holds whole for a while"""
+    gradients: float
+    """fp32, whole until the last micro-batch"""
+    optimizer: float
+    """fp32 masters and moments"""
+    activations: float
+    """of all micro-batches under way, with buffers of the pipeline and what the backward pass needs besides"""
+    imbalance: float = 0.0
+    """what the fullest rank's experts hold beyond an even share"""
+    fragmentation: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.state + self.activations + self.imbalance + self.fragmentation
+
+    @property
+    def state(self) -> float:
+        """What does not depend on the micro-batch."""
+        return self.parameters + self.gathered + self.gradients + self.optimizer
+
+
+def rank_memory(plan: Plan, rank: int, imbalance: float = 1.0, fragmentation: float = 0.0) -> Memory:
+    """Memory of a pipeline rank.
+
+    Args:
+        imbalance: rows of the fullest rank's experts over an even share.
+        fragmentation: what the allocator cannot use, as a share of activations.
+    """
+    parameters, gathered, gradients, optimizer = _state(plan, plan.rank_elements(rank))
+    activations = _activations(plan, rank)
+    more = _activations(plan, rank, imbalance) - activations if imbalance > 1 else 0.0
+    return Memory(parameters, gathered, gradients, optimizer, activations, more, fragmentation * (activations + more))
+
+
+def worst_rank(plan: Plan, imbalance: float = 1.0, fragmentation: float = 0.0) -> tuple[int, Memory]:
+    """The pipeline rank that needs most. 1F1B's first ranks keep most micro-batches, the last has the head: all are looked at."""
+    found = ((rank, rank_memory(plan, rank, imbalance, fragmentation)) for rank in range(plan.pp))
+    return max(found, key=lambda pair: pair[1].total)
+
+
+# What does not move -------------------------------------------------------------------------------------------------------
+
+
+def _state(plan: Plan, elements: Elements) -> tuple[float, float, float, float]:
+    """Weights, those that ZeRO 3 gathers, gradients, optimizer; as `megascale.train.dry_run` counts them."""
+    e, zero, muon = plan.element_bytes, plan.zero, plan.config.optimizer.name == "muon"
+    parameters = gradients = optimizer = whole = 0.0
+    rows = (
+        (elements.matrices, e, muon, plan.data_shards),
+        (elements.others, e, False, plan.data_shards),
+        (elements.wide, 4, False, plan.data_shards),
+        (elements.experts, e, muon, plan.expert_shards),
+    )
+    for count, size, by_muon, ranks in rows:
+        shards = ranks if zero else 1
+        whole += count * size
+        parameters += count * size / (plan.data_shards if zero == 3 else 1)
+        gradients += 4 * count
+        copied = size < 4 or (zero > 0 and not by_muon)
+        optimizer += 4 * count * (copied + (1 if by_muon else 2)) / shards
+    gathered = whole * min(elements.total, MOST_LIVE) / elements.total if zero == 3 else 0.0
+    return parameters, gathered, gradients, optimizer
+
+
+# What a layer keeps -------------------------------------------------------------------------------------------------------
+
+
+def kept_by_layer(plan: Plan, layer: int, streams: int, first: bool, imbalance: float = 1.0) -> float:
+    """Bytes that a layer which is not recomputed keeps of a micro-batch.
+
+    Args:
+        streams: that run together.
+        first: the model's first layer, where streams do not differ yet: norm, projections and rotary embedding are of one.
+        imbalance: rows of this rank's experts over an even share.
+    """
+    model, e, d, strided = plan.model, plan.element_bytes, plan.model.width, layer in plan.strided
+    assert model.head_dim
+    tokens = plan.tokens / (model.altup.stride if strided else 1)
+    before, share = 1 if first else streams, tokens / plan.tp
+    own_input = 0 if model.altup.blocks > 1 and e == 4 else 4  # fp32 blocks are views of the state, which is counted below
+    norm = share * before * (d * (own_input + 4) + 4) + share * streams * (8 * d + 4)  # fp32 input, normalised; one over the rms
+    heads = tokens * before * (plan.query_width + 2 * plan.key_width) * e  # rotated q and k, and v
+    head_norms = tokens * before * 8 * (plan.query_width + plan.key_width) * model.qk_norm
+    attended = tokens * streams * (plan.query_width * e + 4 * plan.query_width / model.head_dim)  # output, log-sum-exp
+    attention = tokens * before * d * e + heads + head_norms + attended + _context(plan, tokens, before, streams)
+    if layer in plan.routed:
+        feed_forward = _experts(plan, share * streams, imbalance) + _shared(plan, tokens * streams)
+    else:
+        feed_forward = tokens * streams * e * (d + 4 * plan.ffn_width)  # input, gate, silu, up, their product
+    return norm + attention + feed_forward + _residual(plan, streams, strided)
+
+
+def _context(plan: Plan, tokens: float, before: int, streams: int) -> float:
+    """Context parallelism: keys and values of all tokens, or the output before its way back."""
+    if plan.cp == 1:
+        return 0.0
+    if plan.config.parallel.context == "all_gather":
+        return tokens * plan.cp * before * 2 * plan.key_width * plan.element_bytes
+    return tokens * streams * plan.query_width * plan.element_bytes
+
+
+def _experts(plan: Plan, rows: float, imbalance: float) -> float:
+    """Of this many rows: what the router saw, the copies, their hidden states, and their outputs."""
+    model, e, experts = plan.model, plan.element_bytes, plan.model.experts
+    assert experts.width
+    d, k = model.width, experts.per_token
+    router = rows * (0 if experts.router == "hash" else 4 * d + 8 * experts.count)
+    received = rows * k * imbalance * e * (d * plan.etp + 4 * experts.width)  # etp gathers rows, and cuts the width
+    return router + received + rows * k * (d * e + 24)
+
+
+def _shared(plan: Plan, tokens: float) -> float:
+    experts = plan.model.experts
+    assert experts.width
+    width = experts.shared * experts.width / plan.tp
+    return tokens * plan.element_bytes * (plan.model.width + 4 * width) * (experts.shared > 0)
+
+
+def _residual(plan: Plan, streams: int, strided: bool) -> float:
+    """AltUp: the state of all blocks and the update; with token-dependent coefficients two fp32 copies of a block."""
+    altup, state = plan.model.altup, plan.tokens / plan.tp * streams * plan.model.width
+    if strided:
+        return 3 * state * plan.element_bytes
+    if altup.blocks == 1:
+        return 0.0
+    return state * (plan.element_bytes * (altup.blocks + 1) + 8 * (altup.coefficients == "token"))
+
+
+# What a rank keeps --------------------------------------------------------------------------------------------------------
+
+
+def _activations(plan: Plan, rank: int, imbalance: float = 1.0) -> float:
+    """The worst of the moments of a step."""
+    stages = plan.stages_of(rank)
+    kept = {stage: _kept_by_stage(plan, stage, imbalance) for stage in stages}
+    state, several = _state_bytes(plan), plan.pp > 1
+    under_way = 0.0
+    for stage in _under_way(plan, rank, stages):
+        ends = (stage > 0) + (stage < plan.stage_count - 1)  # what came from the stage before, and what goes to the next
+        under_way += kept[stage] + several * ends * state
+    under_way += _waiting_weight_gradients(plan, rank, stages)
+    worst = max(_backward(plan, stage, imbalance) for stage in stages)
+    if plan.stage_count - 1 in stages:
+        worst = max(worst, _loss(plan))
+    return under_way + worst
+
+
+def _state_bytes(plan: Plan, streams: int | None = None) -> float:
+    """The state between layers on one rank."""
+    count = plan.streams if streams is None else streams
+    return plan.tokens / plan.tp * count * plan.model.altup.blocks * plan.model.width * plan.element_bytes
+
+
+def _one_by_one(plan: Plan) -> bool:
+    return plan.config.parallel.recompute == "stream" and plan.streams > 1
+
+
+def _rebuilds(plan: Plan, layers: int) -> bool:
+    return plan.zero < 3 and rebuilding_saves(layers, plan.model.altup.blocks)
+
+
+def _kept_by_stage(plan: Plan, stage: int, imbalance: float) -> float:
+    """Bytes kept of one micro-batch between its forward and its backward pass."""
+    layers, recompute = plan.stages[stage], plan.config.parallel.recompute
+    if _one_by_one(plan):
+        return _state_bytes(plan) + _state_bytes(plan, 1 if stage == 0 else None) * (stage == 0)
+    if recompute != "layer":
+        return sum(_each_layer(plan, stage, plan.streams, imbalance))
+    inputs = _state_bytes(plan, 1) + (len(layers) - 1) * _state_bytes(plan) if stage == 0 else len(layers) * _state_bytes(plan)
+    if not _rebuilds(plan, len(layers)):
+        return inputs
+    return _state_bytes(plan) * (1 + len(layers) / plan.model.altup.blocks)
+
+
+def _each_layer(plan: Plan, stage: int, streams: int, imbalance: float) -> list[float]:
+    """Kept by the layers of a stage; equal ones are computed once."""
+    found: dict[tuple[bool, bool, bool], float] = {}
+    sizes = []
+    for layer in plan.stages[stage]:
+        kind = (layer == 0, layer in plan.routed, layer in plan.strided)
+        if kind not in found:
+            found[kind] = kept_by_layer(plan, layer, streams, layer == 0, imbalance)
+        sizes.append(found[kind])
+    return sizes
+
+
+def _under_way(plan: Plan, rank: int, stages: list[int]) -> list[int]:
+    """The stages of all forward passes that a rank has done before their backward passes, at the worst time.
+
+    1F1B: as many micro-batches as stages follow, and one. Interleaved: (v-1) p + 2 (p-1-rank) + 1 passes, p by p through its stages
+    (arXiv 2104.04473, section 2.2); with weight gradients apart (p-1-rank) of them fewer. A V has 2p (arXiv 2401.10241, section 6).
+    """
+    m, p, schedule = plan.micro_batches, plan.pp, plan.config.parallel.schedule
+    if p == 1:
+        return stages
+    if schedule == "1f1b":
+        return stages * min(m, p - rank)
+    if schedule in V_SHAPED:
+        later = min(m, rank + 1 + (schedule == "dualpipev"))
+        return [stages[0]] * min(m, 2 * p - 1 - rank) + [stages[1]] * later
+    v = stages_per_rank(plan.config.parallel)
+    each = m // max(1, m // p)
+    passes = min((v - 1) * each + (2 if schedule == "interleaved" else 1) * (p - 1 - rank) + 1, m * v)
+    order = (stages[number // each % v] for number in range(m * v))
+    return list(islice(order, passes))
+
+
+def _waiting_weight_gradients(plan: Plan, rank: int, stages: list[int]) -> float:
+    """zero_bubble and the V schedules: inputs and output gradients of the linear layers whose weight gradients wait."""
+    schedule = plan.config.parallel.schedule
+    if plan.pp == 1 or schedule in ("1f1b", "interleaved"):
+        return 0.0
+    waiting = rank if schedule == "zero_bubble" else 1
+    e, d = plan.element_bytes, plan.model.width
+    attention = 3 * d + 3 * plan.query_width + 2 * plan.key_width
+    width = plan.ffn_width if not plan.routed else (plan.model.experts.width or 0) * plan.model.experts.per_token / plan.tp
+    layers = sum(len(plan.stages[stage]) for stage in stages) / len(stages)
+    return min(waiting, plan.micro_batches) * layers * plan.tokens * plan.streams * e * (attention + 3 * width) / 2
+
+
+def _backward(plan: Plan, stage: int, imbalance: float) -> float:
+    """What the backward pass of a layer needs beside what is kept."""
+    model, e, d, layers = plan.model, plan.element_bytes, plan.model.width, plan.stages[stage]
+    streams = 1 if _one_by_one(plan) else plan.streams
+    dense = any(layer not in plan.routed for layer in layers)
+    width = max(plan.ffn_width * dense, (model.experts.width or 0) * model.experts.per_token / plan.tp * (not dense))
+    state = plan.tokens * streams * d * e
+    gradients = plan.tokens * streams * 2 * e * width + 2 * state + 3 * state / plan.tp
+    gradients += 2 * state / plan.tp * model.altup.blocks * (model.altup.blocks > 1)
+    weights = 4.0 * d * plan.ffn_width if dense else 4.0 * plan.kinds[True].experts / 3
+    again = 0.0
+    if _one_by_one(plan):
+        again = sum(_each_layer(plan, stage, 1, imbalance)) + 4.0 * plan.stage_elements(stage).total
+    elif plan.config.parallel.recompute == "layer":
+        again = max(_each_layer(plan, stage, streams, imbalance))
+        if _rebuilds(plan, len(layers)):
+            again += _state_bytes(plan) * math.ceil(math.log2(max(len(layers), 2)))
+    return gradients + weights + again
+
+
+def _loss(plan: Plan) -> float:
+    """Final norm, aggregator, and the logits of one chunk of tokens with their gradients."""
+    model, e, ends = plan.model, plan.element_bytes, end_width(plan.model)
+    share = plan.tokens / plan.tp * plan.streams
+    normed = share * ends * (8 + e) + _state_bytes(plan)
+    tokens = plan.tokens / plan.stream
+    aggregated = plan.tokens * model.width * e * 3 / plan.tp if model.streams.count > 1 else 0.0
+    inputs = tokens * ends * e * ((plan.tp > 1) + 1)  # gathered, and their gradient
+    rows = min(CHUNK, tokens)
+    logits = rows * plan.vocabulary * (13 + e * (2 if tokens > CHUNK else 1))
+    return normed + aggregated + inputs + logits + 4.0 * plan.vocabulary * ends
