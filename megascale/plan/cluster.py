@@ -23,14 +23,14 @@ class Efficiency(Node):
     """How much of the nominal figures programs reach: few constants, each with a physical meaning (docs/planner.md says where from)."""
 
     matmul: float = field(0.8, "share of the peak that a very large matrix product reaches", gt=0, le=1)
-    matmul_half: float = field(128.0, "smallest dimension of a matrix product that reaches half of that", ge=0)
+    matmul_half: float = field(140.0, "smallest dimension of a matrix product that reaches half of that", ge=0)
     attention: float = field(0.6, "share of the peak that fused attention reaches", gt=0, le=1)
     grouped: float = field(0.75, "speed of experts' grouped products over that of one product of the same rows", gt=0, le=1)
     memory: float = field(0.85, "share of the memory bandwidth that passes over tensors reach", gt=0, le=1)
-    intra_node: float = field(0.8, "share of the bandwidth in a node that collectives reach", gt=0, le=1)
-    inter_node: float = field(0.7, "share of the bandwidth between nodes that collectives reach", gt=0, le=1)
-    overlap: float = field(0.9, "share of the traffic that may travel beside a backward pass that does", ge=0, le=1)
-    straggle: float = field(0.02, "share of a step that devices of several nodes wait for the slowest", ge=0, lt=1)
+    intra_node: float = field(0.77, "share of the bandwidth in a node that collectives reach", gt=0, le=1)
+    inter_node: float = field(0.74, "share of the bandwidth between nodes that collectives reach", gt=0, le=1)
+    overlap: float = field(0.62, "share of what may travel beside computation that does", ge=0, le=1)
+    straggle: float = field(0.05, "share of a step that data-parallel replicas on several nodes wait for the slowest", ge=0, lt=1)
     fragmentation: float = field(0.05, "memory that the allocator cannot use, as a share of what is held for activations", ge=0, lt=1)
 
 

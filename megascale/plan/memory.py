@@ -164,16 +164,21 @@ def _activations(plan: Plan, rank: int, imbalance: float = 1.0) -> float:
     """The worst of the moments of a step."""
     stages = plan.stages_of(rank)
     kept = {stage: _kept_by_stage(plan, stage, imbalance) for stage in stages}
-    state, several = _state_bytes(plan), plan.pp > 1
-    under_way = 0.0
-    for stage in _under_way(plan, rank, stages):
-        ends = (stage > 0) + (stage < plan.stage_count - 1)  # what came from the stage before, and what goes to the next
-        under_way += kept[stage] + several * ends * state
-    under_way += _waiting_weight_gradients(plan, rank, stages)
-    worst = max(_backward(plan, stage, imbalance) for stage in stages)
+    under_way = sum(kept[stage] for stage in _under_way(plan, rank, stages))
+    under_way += _between_stages(plan, rank, stages) + _waiting_weight_gradients(plan, rank, stages)
+    worst = max(_in_a_layer(plan, stage, imbalance) for stage in stages)
     if plan.stage_count - 1 in stages:
         worst = max(worst, _loss(plan))
     return under_way + worst
+
+
+def _between_stages(plan: Plan, rank: int, stages: list[int]) -> float:
+    """What a pipeline holds besides: receive buffers for each micro-batch and neighbour, and the outputs of those under way."""
+    if plan.pp == 1:
+        return 0.0
+    last = plan.stage_count - 1
+    received = plan.micro_batches * sum((stage > 0) + (stage < last) for stage in stages)
+    return (received + sum(stage < last for stage in _under_way(plan, rank, stages))) * _state_bytes(plan)
 
 
 def _state_bytes(plan: Plan, streams: int | None = None) -> float:
@@ -219,7 +224,8 @@ def _under_way(plan: Plan, rank: int, stages: list[int]) -> list[int]:
     """The stages of all forward passes that a rank has done before their backward passes, at the worst time.
 
     1F1B: as many micro-batches as stages follow, and one. Interleaved: (v-1) p + 2 (p-1-rank) + 1 passes, p by p through its stages
-    (arXiv 2104.04473, section 2.2); with weight gradients apart (p-1-rank) of them fewer. A V has 2p (arXiv 2401.10241, section 6).
+    (arXiv 2104.04473, section 2.2); with weight gradients apart (p-1-rank) of them fewer. A V has 2p
+    (arXiv 2401.10241, section 6), dualpipev one more.
     """
     m, p, schedule = plan.micro_batches, plan.pp, plan.config.parallel.schedule
     if p == 1:
@@ -227,8 +233,8 @@ def _under_way(plan: Plan, rank: int, stages: list[int]) -> list[int]:
     if schedule == "1f1b":
         return stages * min(m, p - rank)
     if schedule in V_SHAPED:
-        later = min(m, rank + 1 + (schedule == "dualpipev"))
-        return [stages[0]] * min(m, 2 * p - 1 - rank) + [stages[1]] * later
+        first = 2 * p - 1 - rank + (schedule == "dualpipev")
+        return [stages[0]] * min(m, first) + [stages[1]] * min(m, rank + 1)
     v = stages_per_rank(plan.config.parallel)
     each = m // max(1, m // p)
     passes = min((v - 1) * each + (2 if schedule == "interleaved" else 1) * (p - 1 - rank) + 1, m * v)
@@ -237,36 +243,37 @@ def _under_way(plan: Plan, rank: int, stages: list[int]) -> list[int]:
 
 
 def _waiting_weight_gradients(plan: Plan, rank: int, stages: list[int]) -> float:
-    """zero_bubble and the V schedules: inputs and output gradients of the linear layers whose weight gradients wait."""
+    """zero_bubble: inputs and output gradients of the linear layers whose weight gradients wait, those of `rank` passes."""
     schedule = plan.config.parallel.schedule
-    if plan.pp == 1 or schedule in ("1f1b", "interleaved"):
+    if plan.pp == 1 or schedule != "zero_bubble":
         return 0.0
-    waiting = rank if schedule == "zero_bubble" else 1
-    e, d = plan.element_bytes, plan.model.width
-    attention = 3 * d + 3 * plan.query_width + 2 * plan.key_width
-    width = plan.ffn_width if not plan.routed else (plan.model.experts.width or 0) * plan.model.experts.per_token / plan.tp
-    layers = sum(len(plan.stages[stage]) for stage in stages) / len(stages)
-    return min(waiting, plan.micro_batches) * layers * plan.tokens * plan.streams * e * (attention + 3 * width) / 2
+    e, d, model = plan.element_bytes, plan.model.width, plan.model
+    waiting = min(rank, plan.micro_batches) * sum(len(plan.stages[stage]) for stage in stages) / len(stages)
+    rows = model.experts.per_token / plan.tp * (model.experts.width or 0) if plan.routed else plan.ffn_width
+    return waiting * plan.tokens * plan.streams * e * (4 * d + 2 * (plan.query_width + plan.key_width) + 3 * rows)
 
 
-def _backward(plan: Plan, stage: int, imbalance: float) -> float:
-    """What the backward pass of a layer needs beside what is kept."""
-    model, e, d, layers = plan.model, plan.element_bytes, plan.model.width, plan.stages[stage]
+def _in_a_layer(plan: Plan, stage: int, imbalance: float) -> float:
+    """What one layer needs beside what is kept: in its forward pass, or in its backward pass and the forward pass again before it."""
+    model, e, d, layers, recompute = plan.model, plan.element_bytes, plan.model.width, plan.stages[stage], plan.config.parallel.recompute
     streams = 1 if _one_by_one(plan) else plan.streams
     dense = any(layer not in plan.routed for layer in layers)
-    width = max(plan.ffn_width * dense, (model.experts.width or 0) * model.experts.per_token / plan.tp * (not dense))
-    state = plan.tokens * streams * d * e
-    gradients = plan.tokens * streams * 2 * e * width + 2 * state + 3 * state / plan.tp
-    gradients += 2 * state / plan.tp * model.altup.blocks * (model.altup.blocks > 1)
-    weights = 4.0 * d * plan.ffn_width if dense else 4.0 * plan.kinds[True].experts / 3
-    again = 0.0
-    if _one_by_one(plan):
-        again = sum(_each_layer(plan, stage, 1, imbalance)) + 4.0 * plan.stage_elements(stage).total
-    elif plan.config.parallel.recompute == "layer":
-        again = max(_each_layer(plan, stage, streams, imbalance))
-        if _rebuilds(plan, len(layers)):
-            again += _state_bytes(plan) * math.ceil(math.log2(max(len(layers), 2)))
-    return gradients + weights + again
+    experts = plan.tokens / plan.tp * streams * model.experts.per_token * (model.experts.width or 0)
+    state, hidden = plan.tokens * streams * d * e, e * (plan.tokens * streams * plan.ffn_width if dense else experts)
+    gathered, share = state * (plan.tp > 1), state / plan.tp
+    # the gradient of an activation's product, with that of the layer or with those of its factors; or of a matrix, in fp32 too
+    matrix = d * plan.ffn_width if dense else plan.kinds[True].experts / 3
+    backward = share * (1 + model.altup.blocks * (model.altup.blocks > 1))
+    backward += max(hidden + gathered, 2 * hidden, matrix * (e + 4 if e < 4 else 4))
+    if _one_by_one(plan):  # all layers of a stream again, and the sums of the streams' weight gradients
+        again = sum(_each_layer(plan, stage, 1, imbalance))
+        return backward + again + 4.0 * sum(plan.kinds[layer in plan.routed].total for layer in layers)
+    if recompute != "layer":
+        return max(backward, gathered + 5 * share)  # outputs of attention and feed-forward, before and behind their sums
+    backward += max(_each_layer(plan, stage, streams, imbalance))
+    if _rebuilds(plan, len(layers)):
+        backward += _state_bytes(plan) * math.ceil(math.log2(max(len(layers), 2)))
+    return backward
 
 
 def _loss(plan: Plan) -> float:
