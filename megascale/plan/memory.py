@@ -137,7 +137,8 @@ def _experts(plan: Plan, rows: float, imbalance: float) -> float:
     d, k = model.width, experts.per_token
     router = rows * (0 if experts.router == "hash" else 4 * d + 8 * experts.count)
     received = rows * k * imbalance * e * (d * plan.etp + 4 * experts.width)  # etp gathers rows, and cuts the width
-    return router + received + rows * k * (d * e + 24)
+    learned = experts.router != "hash"  # fixed gates need no outputs for their gradient
+    return router + received + rows * k * (d * e * learned + 24)
 
 
 def _shared(plan: Plan, tokens: float) -> float:
