@@ -31,7 +31,7 @@ setup(
     long_description_content_type="text/markdown",
     # megascale/kernels is a tracked symlink to kernels/: it is found and copied as megascale.kernels, never as kernels.
     packages=find_namespace_packages(include=["megascale", "megascale.*"]),
-    package_data={"megascale": ["py.typed"], "megascale.laws": ["data/*.csv"]},
+    package_data={"megascale": ["py.typed"], "megascale.laws": ["data/*.csv"], "megascale.plan": ["data/*.csv"]},
     python_requires=">=3.10,<3.13",
     install_requires=[
         "datasets",
