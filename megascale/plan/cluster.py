@@ -31,7 +31,9 @@ class Efficiency(Node):
     inter_node: float = field(0.74, "share of the bandwidth between nodes that collectives reach", gt=0, le=1)
     overlap: float = field(0.62, "share of what may travel beside computation that does", ge=0, le=1)
     straggle: float = field(0.05, "share of a step that data-parallel replicas on several nodes wait for the slowest", ge=0, lt=1)
-    fragmentation: float = field(0.05, "memory that the allocator cannot use, as a share of what is held for activations", ge=0, lt=1)
+    fragmentation: float = field(
+        0.05, "memory that the allocator cannot use, as a share of what is held for activations", ge=0, lt=1
+    )
 
 
 class Cluster(Node):
@@ -44,7 +46,9 @@ class Cluster(Node):
     processors: int = field(108, "streaming multiprocessors of a device: tiles of a matrix product computed at a time", gt=0)
     devices_per_node: int = field(8, "devices that the fast links join", gt=0)
     intra_node_bandwidth: float = Field(description="NVLink, of a device and one direction, bytes/s", gt=1e6, lt=1e14)
-    inter_node_bandwidth: float = Field(description="network between nodes, of a device and one direction, bytes/s", gt=1e6, lt=1e14)
+    inter_node_bandwidth: float = Field(
+        description="network between nodes, of a device and one direction, bytes/s", gt=1e6, lt=1e14
+    )
     intra_node_latency: float = field(5e-6, "of one message in a node, seconds", ge=0, lt=1)
     inter_node_latency: float = field(15e-6, "of one message between nodes, seconds", ge=0, lt=1)
     kernel_seconds: float = field(3e-6, "what a kernel costs beside its work, seconds", ge=0, lt=1)

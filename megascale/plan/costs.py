@@ -21,7 +21,9 @@ PASSES = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-a
 
 
 @lru_cache(maxsize=2**16)
-def product_seconds(cluster: Cluster, rows: float, columns: float, inner: float, count: float = 1.0, element_bytes: int = 2) -> float:
+def product_seconds(
+    cluster: Cluster, rows: float, columns: float, inner: float, count: float = 1.0, element_bytes: int = 2
+) -> float:
     """Of `count` products [rows, inner] x [inner, columns] done as one kernel."""
     if min(rows, columns, inner, count) <= 0:
         return 0.0

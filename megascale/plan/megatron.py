@@ -171,8 +171,9 @@ def _gradients_and_optimizer(run: Published, cluster: Cluster) -> float:
 
 
 def _zero_seconds(run: Published, cluster: Cluster) -> float:
-    """ZeRO 3: weights gathered for the forward pass and for the backward pass, gradients scattered (arXiv 1910.02054, section 7.2.2). Of the
-    shorter of messages and computation only `overlap` goes beside the longer.
+    """ZeRO 3: weights gathered for the forward pass and for the backward pass, gradients scattered (arXiv 1910.02054, section 7.2.2).
+
+    Of the shorter of messages and computation only `overlap` goes beside the longer.
     """
     one = layer_time(run, cluster)
     computed = run.layers * (2 * one.forward + one.backward) + _head_seconds(run, cluster)
@@ -193,7 +194,10 @@ def fastest_micro_batch(run: Published, cluster: Cluster) -> Published:
         candidate = replace(run, micro_batch=size)
         if run.batch % (run.dp * size) or (run.pp > 1 and candidate.micro_batches < run.pp):
             continue
-        if state_bytes(candidate) + activation_bytes(candidate) + layer_bytes(replace(candidate, recompute="none")) > cluster.usable_bytes:
+        if (
+            state_bytes(candidate) + activation_bytes(candidate) + layer_bytes(replace(candidate, recompute="none"))
+            > cluster.usable_bytes
+        ):
             continue
         if iteration_seconds(candidate, cluster) < iteration_seconds(best, cluster):
             best = candidate

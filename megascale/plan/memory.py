@@ -256,7 +256,13 @@ def _waiting_weight_gradients(plan: Plan, rank: int, stages: list[int]) -> float
 
 def _in_a_layer(plan: Plan, stage: int, imbalance: float) -> float:
     """What one layer needs beside what is kept: in its forward pass, or in its backward pass and the forward pass again before it."""
-    model, e, d, layers, recompute = plan.model, plan.element_bytes, plan.model.width, plan.stages[stage], plan.config.parallel.recompute
+    model, e, d, layers, recompute = (
+        plan.model,
+        plan.element_bytes,
+        plan.model.width,
+        plan.stages[stage],
+        plan.config.parallel.recompute,
+    )
     streams = 1 if _one_by_one(plan) else plan.streams
     dense = any(layer not in plan.routed for layer in layers)
     experts = plan.tokens / plan.tp * streams * model.experts.per_token * (model.experts.width or 0)

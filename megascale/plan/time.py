@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from megascale.config.errors import InputError
-from megascale.config.layout import SPLIT_BACKWARD, pipeline_bubble
+from megascale.config.layout import SPLIT_BACKWARD, pipeline_bubble, rank_of_stage
 from megascale.config.size import end_width
 from megascale.model.loss import CHUNK
 from megascale.parallel.zero_traffic import BUCKET, MOST_LIVE
@@ -120,9 +120,7 @@ def step_time(plan: Plan, cluster: Cluster, imbalance: float = 1.0) -> StepTime:
 # Layers and ends ----------------------------------------------------------------------------------------------------------
 
 
-def _rank_parts(
-    plan: Plan, cluster: Cluster, rank: int, imbalance: float, kinds: dict[tuple[bool, bool, bool], Parts]
-) -> Parts:
+def _rank_parts(plan: Plan, cluster: Cluster, rank: int, imbalance: float, kinds: dict[tuple[bool, bool, bool], Parts]) -> Parts:
     """Of all stages of a pipeline rank."""
     total = Parts()
     for stage in plan.stages_of(rank):
@@ -134,6 +132,10 @@ def _rank_parts(
             if kind not in kinds:
                 kinds[kind] = _layer_parts(plan, cluster, *kind, imbalance)
             total = total.plus(kinds[kind], count)
+        if stage == 0:  # rows of the embedding that other ranks hold: summed into shares, whose gradients are gathered
+            size = plan.tokens * end_width(plan.model) * plan.element_bytes
+            sums = collective_seconds(cluster, "all-gather", 2 * size, group(cluster, plan.tp, 1), 2)
+            total = total.plus(Parts(tp=sums))
         if stage == plan.stage_count - 1:
             total = total.plus(_end_parts(plan, cluster))
     # each micro-batch's gradients, read in their own precision, are added to fp32 sums
@@ -148,7 +150,7 @@ def _layer_parts(plan: Plan, cluster: Cluster, first: bool, routed: bool, stride
     streams, times = (1, plan.streams) if alone else (plan.streams, 1)
     tokens = plan.tokens / (model.altup.stride if strided else 1)
     before = 1 if first and not alone else streams
-    d, q, kv, e = model.width, plan.query_width, plan.key_width, plan.element_bytes
+    d, q, kv = model.width, plan.query_width, plan.key_width
     products = product_seconds(cluster, tokens * before, q, d) + 2 * product_seconds(cluster, tokens * before, kv, d)
     products += product_seconds(cluster, tokens * streams, d, q)
     experts, ep, etp = 0.0, 0.0, 0.0
@@ -163,18 +165,18 @@ def _layer_parts(plan: Plan, cluster: Cluster, first: bool, routed: bool, stride
     attention = 4 * tokens * streams * q * keys / (cluster.peak_flops * cluster.efficiency.attention)
     attention += 2 * cluster.kernel_seconds
     passes = _passes(plan, cluster, tokens, streams, routed, width)
-    tp = _tensor_messages(plan, cluster, tokens, before, streams, routed) + etp
-    cp = _context_messages(plan, cluster, tokens, before, streams)
     again = recompute == "layer" or alone
-    forward = products + attention + experts + passes
     messages = 3 if again else 2
+    tp = _tensor_messages(plan, cluster, tokens, before, streams, routed, messages) + etp * messages
+    cp = _context_messages(plan, cluster, tokens, before, streams)
+    forward = products + attention + experts + passes
     return Parts(
         products * (1 + BACKWARD) * times,
         attention * (1 + ATTENTION_BACKWARD) * times,
         experts * (1 + BACKWARD) * times,
         passes * (1 + BACKWARD) * times,
         forward * again * times,
-        tp * messages * times,
+        tp * times,
         cp * messages * times,
         0.0,
         ep * messages * times,
@@ -221,13 +223,17 @@ def _routed(plan: Plan, cluster: Cluster, rows: float, imbalance: float) -> tupl
     return 3 * one + router, ep, etp
 
 
-def _tensor_messages(plan: Plan, cluster: Cluster, tokens: float, before: float, streams: float, routed: bool) -> float:
-    """Gathers before attention and feed-forward, scatters behind them; experts need none, but the shared ones."""
+def _tensor_messages(
+    plan: Plan, cluster: Cluster, tokens: float, before: float, streams: float, routed: bool, passes: int
+) -> float:
+    """Gathers before attention and feed-forward, scatters behind them, in two or three passes; experts need none, but the shared ones.
+    What is computed again stops before its last scatter.
+    """
     members = group(cluster, plan.tp, 1)
     size = tokens * plan.model.width * plan.element_bytes
     dense = not routed or plan.model.experts.shared > 0
-    volume = size * (before + streams + 2 * streams * dense)
-    return collective_seconds(cluster, "all-gather", volume, members, 2 + 2 * dense)
+    volume = passes * (before + streams + 2 * streams * dense) - streams * (passes > 2 and dense)
+    return collective_seconds(cluster, "all-gather", size * volume, members, passes * (2 + 2 * dense))
 
 
 def _context_messages(plan: Plan, cluster: Cluster, tokens: float, before: float, streams: float) -> float:
@@ -255,6 +261,7 @@ def _end_parts(plan: Plan, cluster: Cluster) -> Parts:
         volume = plan.tokens / plan.tp * ends * e
         stream = 2 * collective_seconds(cluster, "all-reduce", volume, members, 1)
         stream += 2 * collective_seconds(cluster, "all-gather", volume, members, 1)
+        stream += collective_seconds(cluster, "reduce-scatter", 4 * volume / e, members, 1)  # for streams/correlation, fp32
     tensor = collective_seconds(cluster, "all-gather", 2 * tokens * ends * e, group(cluster, plan.tp, 1), 2)
     return Parts(products=products, passes=pass_seconds(cluster, moved, 8), tp=tensor, stream=stream)
 
@@ -263,12 +270,14 @@ def _end_parts(plan: Plan, cluster: Cluster) -> Parts:
 
 
 def _between_stages(plan: Plan, cluster: Cluster, rank: int) -> float:
-    """What a pipeline rank waits for of its states and gradients, for one micro-batch: each stage receives one of each."""
+    """What a pipeline rank waits for of its states and gradients, for one micro-batch: each border costs it one message."""
     if plan.pp == 1:
         return 0.0
     stages, last = plan.stages_of(rank), plan.stage_count - 1
     size = plan.tokens / plan.tp * plan.streams * plan.model.altup.blocks * plan.model.width * plan.element_bytes
-    messages = sum((stage > 0) + (stage < last) for stage in stages)
+    parallel = plan.config.parallel
+    neighbours = [near for stage in stages for near in (stage - 1, stage + 1) if 0 <= near <= last]
+    messages = sum(rank_of_stage(near, parallel) != rank for near in neighbours)
     return messages * send_seconds(cluster, size, plan.layout.step("pp"))
 
 

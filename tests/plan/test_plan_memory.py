@@ -7,22 +7,11 @@ from pathlib import Path
 import pytest
 
 from layouts import full_unless
-from megascale.config.load import load_config
-from megascale.config.resolve import resolve
 from megascale.plan.memory import Memory, rank_memory, worst_rank
-from megascale.plan.rank import Plan
 from megascale.train.dry_run import dry_run
+from plans import FINE, P2, P4, config_file, plan_of
 
-BASE = """
-run: {name: planned}
-model: {vocab_size: 32768, width: 2048, layers: 8, heads: 16, kv_heads: 4, ffn_width: 5632}
-data: {sequence_length: 4096}
-batch: {sequences: 64, micro_batches: 8}
-precision: bf16
-"""
-FINE = "model.experts={count: 32, per_token: 4, width: 1408}"
 COARSE = "model.experts={count: 16, per_token: 2, width: 2816, router: %s}"
-P2, P4 = "model.streams={count: 2}", "model.streams={count: 4}"
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "dp": (8, ()),
     "fp32": (8, ("precision=fp32", "parallel={tp: 2, recompute: layer}")),
@@ -71,16 +60,6 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     ),
 }
 QUICK = ("dp", "layer", "pp", "streams", "blocks", "all axes")
-
-
-def config_file(folder: Path) -> Path:
-    path = folder / "planned.yaml"
-    path.write_text(BASE)
-    return path
-
-
-def plan_of(folder: Path, world: int, *overrides: str) -> Plan:
-    return Plan(resolve(load_config(config_file(folder), overrides).config), world)
 
 
 @pytest.mark.parametrize("layout", full_unless(QUICK, LAYOUTS))

@@ -42,7 +42,7 @@ def test_sizes_of_the_first_table_give_its_parameters(row: dict[str, str]) -> No
 
 
 def test_activations_follow_the_papers_table() -> None:
-    """arXiv 2205.05198, Table 2, of a layer of GPT-3 with t = 8: s b h (10 + 24/t + 5 a s / (h t)), and with both techniques 34 s b h / t."""
+    """arXiv 2205.05198, Table 2, a layer of GPT-3, t = 8: s b h (10 + 24/t + 5 a s / (h t)); with both techniques 34 s b h / t."""
     run = published._run(published.read_rows("recomputation")[1], recompute="none")
     size = 2048 * 12288
     assert megatron.layer_bytes(run) == pytest.approx(size * (10 + 24 / 8 + 5 * 96 * 2048 / 12288 / 8))
