@@ -72,10 +72,10 @@ def _layouts(config: Config, world: int) -> Iterator[Layout]:
     if world % others or stream_obstacles(config, stream) or context_obstacles(config, cp):
         return
     world //= others
-    for tp in _divisors(world):
+    for tp in divisors(world):
         if tensor_obstacles(config, tp) or (splits_width and width_obstacles(config, tp)):
             continue
-        for pp in _divisors(world // tp):
+        for pp in divisors(world // tp):
             dp = world // tp // pp
             if (
                 pipeline_obstacles(config, pp)
@@ -84,7 +84,7 @@ def _layouts(config: Config, world: int) -> Iterator[Layout]:
             ):
                 continue
             ranks = dp * others * (1 if splits_width else tp)
-            for ep in _divisors(math.gcd(config.model.experts.count, ranks)):
+            for ep in divisors(math.gcd(config.model.experts.count, ranks)):
                 if not expert_obstacles(config, ep, ranks):
                     yield Layout(pp, dp, tp, ep, stream, cp, tp if splits_width else 1)
 
@@ -96,6 +96,7 @@ def _distance(config: Config, layout: Layout) -> tuple[float, int, int, int]:
     return round(far, 9), layout.tp, layout.pp, layout.ep  # among equals the one that communicates least
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
     low = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
     return low + [number // divisor for divisor in reversed(low) if divisor * divisor != number]

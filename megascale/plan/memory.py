@@ -19,7 +19,7 @@ from megascale.config.size import end_width
 from megascale.model.loss import CHUNK
 from megascale.parallel.rebuild import rebuilding_saves
 from megascale.parallel.zero_traffic import MOST_LIVE
-from megascale.plan.rank import Elements, Plan
+from megascale.plan.rank import Elements, LayerKind, Plan
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def rank_memory(plan: Plan, rank: int, imbalance: float = 1.0, fragmentation: fl
 
 
 def worst_rank(plan: Plan, imbalance: float = 1.0, fragmentation: float = 0.0) -> tuple[int, Memory]:
-    """The pipeline rank that needs most. 1F1B's first ranks keep most micro-batches, the last has the head: all are looked at."""
-    found = ((rank, rank_memory(plan, rank, imbalance, fragmentation)) for rank in range(plan.pp))
+    """The pipeline rank that needs most: under 1F1B the first ones keep most micro-batches, and the last has the head."""
+    found = ((rank, rank_memory(plan, rank, imbalance, fragmentation)) for rank in plan.distinct_ranks)
     return max(found, key=lambda pair: pair[1].total)
 
 
@@ -96,15 +96,16 @@ def _state(plan: Plan, elements: Elements) -> tuple[float, float, float, float]:
 # What a layer keeps -------------------------------------------------------------------------------------------------------
 
 
-def kept_by_layer(plan: Plan, layer: int, streams: int, first: bool, imbalance: float = 1.0) -> float:
+def kept_by_layer(plan: Plan, kind: LayerKind, streams: int, imbalance: float = 1.0) -> float:
     """Bytes that a layer which is not recomputed keeps of a micro-batch.
 
     Args:
+        kind: in the model's first layer streams do not differ yet: norm, projections and rotary embedding are of one.
         streams: that run together.
-        first: the model's first layer, where streams do not differ yet: norm, projections and rotary embedding are of one.
         imbalance: rows of this rank's experts over an even share.
     """
-    model, e, d, strided = plan.model, plan.element_bytes, plan.model.width, layer in plan.strided
+    first, routed, strided = kind
+    model, e, d = plan.model, plan.element_bytes, plan.model.width
     assert model.head_dim
     tokens = plan.tokens / (model.altup.stride if strided else 1)
     before, share = 1 if first else streams, tokens / plan.tp
@@ -114,7 +115,7 @@ def kept_by_layer(plan: Plan, layer: int, streams: int, first: bool, imbalance: 
     head_norms = tokens * before * 8 * (plan.query_width + plan.key_width) * model.qk_norm
     attended = tokens * streams * (plan.query_width * e + 4 * plan.query_width / model.head_dim)  # output, log-sum-exp
     attention = tokens * before * d * e + heads + head_norms + attended + _context(plan, tokens, before, streams)
-    if layer in plan.routed:
+    if routed:
         feed_forward = _experts(plan, share * streams, imbalance) + _shared(plan, tokens * streams)
     else:
         feed_forward = tokens * streams * e * (d + 4 * plan.ffn_width)  # input, gate, silu, up, their product
@@ -202,23 +203,16 @@ def _kept_by_stage(plan: Plan, stage: int, imbalance: float) -> float:
     if _one_by_one(plan):
         return _state_bytes(plan) + _state_bytes(plan, 1 if stage == 0 else None) * (stage == 0)
     if recompute != "layer":
-        return sum(_each_layer(plan, stage, plan.streams, imbalance))
+        return _all_layers(plan, stage, plan.streams, imbalance)
     inputs = _state_bytes(plan, 1) + (len(layers) - 1) * _state_bytes(plan) if stage == 0 else len(layers) * _state_bytes(plan)
     if not _rebuilds(plan, len(layers)):
         return inputs
     return _state_bytes(plan) * (1 + len(layers) / plan.model.altup.blocks)
 
 
-def _each_layer(plan: Plan, stage: int, streams: int, imbalance: float) -> list[float]:
-    """Kept by the layers of a stage; equal ones are computed once."""
-    found: dict[tuple[bool, bool, bool], float] = {}
-    sizes = []
-    for layer in plan.stages[stage]:
-        kind = (layer == 0, layer in plan.routed, layer in plan.strided)
-        if kind not in found:
-            found[kind] = kept_by_layer(plan, layer, streams, layer == 0, imbalance)
-        sizes.append(found[kind])
-    return sizes
+def _all_layers(plan: Plan, stage: int, streams: int, imbalance: float) -> float:
+    """Kept by the layers of a stage."""
+    return sum(count * kept_by_layer(plan, kind, streams, imbalance) for kind, count in plan.layer_counts(stage).items())
 
 
 def _under_way(plan: Plan, rank: int, stages: list[int]) -> list[int]:
@@ -264,7 +258,7 @@ def _in_a_layer(plan: Plan, stage: int, imbalance: float) -> float:
         plan.config.parallel.recompute,
     )
     streams = 1 if _one_by_one(plan) else plan.streams
-    dense = any(layer not in plan.routed for layer in layers)
+    dense = any(not routed for _, routed, _ in plan.layer_counts(stage))
     experts = plan.tokens / plan.tp * streams * model.experts.per_token * (model.experts.width or 0)
     state, hidden = plan.tokens * streams * d * e, e * (plan.tokens * streams * plan.ffn_width if dense else experts)
     gathered, share = state * (plan.tp > 1), state / plan.tp
@@ -273,11 +267,12 @@ def _in_a_layer(plan: Plan, stage: int, imbalance: float) -> float:
     backward = share * (1 + model.altup.blocks * (model.altup.blocks > 1))
     backward += max(hidden + gathered, 2 * hidden, matrix * (e + 4 if e < 4 else 4))
     if _one_by_one(plan):  # all layers of a stream again, and the sums of the streams' weight gradients
-        again = sum(_each_layer(plan, stage, 1, imbalance))
-        return backward + again + 4.0 * sum(plan.kinds[layer in plan.routed].total for layer in layers)
+        counts = plan.layer_counts(stage)
+        sums = sum(count * plan.kinds[routed].total for (_, routed, _), count in counts.items())
+        return backward + _all_layers(plan, stage, 1, imbalance) + 4.0 * sums
     if recompute != "layer":
         return max(backward, gathered + 5 * share)  # outputs of attention and feed-forward, before and behind their sums
-    backward += max(_each_layer(plan, stage, streams, imbalance))
+    backward += max(kept_by_layer(plan, kind, streams, imbalance) for kind in plan.layer_counts(stage))
     if _rebuilds(plan, len(layers)):
         backward += _state_bytes(plan) * math.ceil(math.log2(max(len(layers), 2)))
     return backward

@@ -95,7 +95,7 @@ def read_rows(name: str) -> list[dict[str, str]]:
 
 
 def _run(row: dict[str, str], **more: Any) -> Published:
-    sizes = {name: int(row[name]) for name in ("layers", "width", "heads", "gpus", "tp", "pp", "batch")}
+    sizes: dict[str, Any] = {name: int(row[name]) for name in ("layers", "width", "heads", "gpus", "tp", "pp", "batch")}
     return Published(**sizes, **more)
 
 

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megascale.config.errors import InputError
-from megascale.config.layout import expert_ranks, stage_count, stages_of_rank, zero_stage_of
+from megascale.config.layout import expert_ranks, rank_of_stage, stage_count, zero_stage_of
 from megascale.config.schema import Config, Model
 from megascale.config.size import end_width, routed_layers, strided_layers
 from megascale.model.accounting import active_parameters, flops_per_token, mean_visible_keys, parameters
 from megascale.model.routers import baseline_width
 from megascale.parallel.mesh import Layout, make_layout
 from megascale.parallel.stages import stage_layers
+
+LayerKind = tuple[bool, bool, bool]
+"""Whether a layer is the model's first, has experts, and computes on every k-th token only."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Plan:
         self.tokens = sequences * config.data.sequence_length // self.cp
         """T here: of a micro-batch, shared only by cp (inside attention and feed-forward all tp ranks have them)"""
         self.streams = self.model.streams.count // self.stream
+        self._counts: dict[int, dict[LayerKind, int]] = {}
+        self._elements: dict[int, Elements] = {}
 
     @property
     def visible_keys(self) -> float:
@@ -104,9 +109,42 @@ class Plan:
         """The layers of each pipeline stage."""
         return stage_layers(self.config)
 
+    @cached_property
+    def _stages_by_rank(self) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in range(self.pp)]
+        for stage in range(self.stage_count):
+            found[rank_of_stage(stage, self.config.parallel)].append(stage)
+        return found
+
     def stages_of(self, rank: int) -> list[int]:
         """The stages of a pipeline rank."""
-        return stages_of_rank(rank, self.config.parallel)
+        return self._stages_by_rank[rank]
+
+    def layer_counts(self, stage: int) -> dict[LayerKind, int]:
+        """How many layers of each kind a stage has."""
+        if stage not in self._counts:
+            counts: dict[LayerKind, int] = {}
+            for layer in self.stages[stage]:
+                kind = (layer == 0, layer in self.routed, layer in self.strided)
+                counts[kind] = counts.get(kind, 0) + 1
+            self._counts[stage] = counts
+        return self._counts[stage]
+
+    def alike(self, rank: int) -> tuple[object, ...]:
+        """Equal for pipeline ranks with the same layers and ends."""
+        stages = self.stages_of(rank)
+        counts = tuple(tuple(self.layer_counts(stage).items()) for stage in stages)
+        return (*counts, 0 in stages, self.stage_count - 1 in stages)
+
+    @cached_property
+    def distinct_ranks(self) -> list[int]:
+        """Of the pipeline ranks that are alike the first and the last: what they keep under way rises or falls between these."""
+        first: dict[tuple[object, ...], int] = {}
+        last: dict[tuple[object, ...], int] = {}
+        for rank in range(self.pp):
+            first.setdefault(self.alike(rank), rank)
+            last[self.alike(rank)] = rank
+        return sorted({*first.values(), *last.values()})
 
     @property
     def stage_count(self) -> int:
@@ -164,14 +202,12 @@ class Plan:
 
     def stage_elements(self, stage: int) -> Elements:
         """Elements of a pipeline stage."""
-        layers = self.stages[stage]
-        routed = sum(layer in self.routed for layer in layers)
-        strided = sum(layer in self.strided for layer in layers)
-        total = Elements(wide=3 * strided)
-        for kind, count in ((True, routed), (False, len(layers) - routed)):
-            each = self.kinds.get(kind, Elements())
-            total += Elements(each.matrices * count, each.others * count, each.wide * count, each.experts * count)
-        return total + self._ends(stage)
+        total = self._ends(stage)
+        for (_, routed, strided), count in self.layer_counts(stage).items():
+            each = self.kinds[routed]
+            wide = each.wide + 3 * strided
+            total += Elements(each.matrices * count, each.others * count, wide * count, each.experts * count)
+        return total
 
     def _ends(self, stage: int) -> Elements:
         model, ends = self.model, end_width(self.model)
@@ -183,6 +219,11 @@ class Plan:
 
     def rank_elements(self, rank: int) -> Elements:
         """Elements of a pipeline rank."""
+        if rank not in self._elements:
+            self._elements[rank] = self._rank_elements(rank)
+        return self._elements[rank]
+
+    def _rank_elements(self, rank: int) -> Elements:
         stages = self.stages_of(rank)
         total = sum((self.stage_elements(stage) for stage in stages), Elements())
         if self.model.tie_embeddings and len(stages) > 1 and {0, self.stage_count - 1} <= set(stages):

@@ -19,7 +19,7 @@ from megascale.model.loss import CHUNK
 from megascale.parallel.zero_traffic import BUCKET, MOST_LIVE
 from megascale.plan.cluster import Cluster
 from megascale.plan.costs import Group, collective_seconds, group, pass_seconds, product_seconds, send_seconds
-from megascale.plan.rank import Plan
+from megascale.plan.rank import LayerKind, Plan
 
 EAGER = 3.0
 """Bytes that element-wise parts move without torch.compile, over those with it: intermediate results go through memory."""
@@ -102,9 +102,9 @@ def step_time(plan: Plan, cluster: Cluster, imbalance: float = 1.0) -> StepTime:
     """
     if plan.config.precision != "bf16":
         raise InputError("precision", f"{plan.config.precision} has another peak than the cluster's", "plan with precision: bf16")
-    kinds: dict[tuple[bool, bool, bool], Parts] = {}
-    ranks = [_rank_parts(plan, cluster, rank, imbalance, kinds) for rank in range(plan.pp)]
-    binding = max(range(plan.pp), key=lambda rank: sum(ranks[rank]))
+    kinds: dict[LayerKind, Parts] = {}
+    ranks = {rank: _rank_parts(plan, cluster, rank, imbalance, kinds) for rank in plan.distinct_ranks}
+    binding = max(ranks, key=lambda rank: sum(ranks[rank]))
     parts, m = ranks[binding], plan.micro_batches
     compute = parts.products + parts.attention + parts.experts + parts.passes + parts.recompute
     pp = m * _between_stages(plan, cluster, binding)
@@ -114,21 +114,18 @@ def step_time(plan: Plan, cluster: Cluster, imbalance: float = 1.0) -> StepTime:
     dp = _engine(plan, cluster, binding, compute)
     optimizer = _optimizer(plan, cluster, binding)
     straggle = cluster.efficiency.straggle * (busy + waits) * (plan.dp > 1 and plan.world > cluster.devices_per_node)
-    return StepTime(*(m * part for part in parts), pp, dp, optimizer, waits, straggle)
+    per_step = {name: m * part for name, part in parts._asdict().items()}
+    return StepTime(**per_step, pp=pp, dp=dp, optimizer=optimizer, bubble=waits, straggle=straggle)
 
 
 # Layers and ends ----------------------------------------------------------------------------------------------------------
 
 
-def _rank_parts(plan: Plan, cluster: Cluster, rank: int, imbalance: float, kinds: dict[tuple[bool, bool, bool], Parts]) -> Parts:
+def _rank_parts(plan: Plan, cluster: Cluster, rank: int, imbalance: float, kinds: dict[LayerKind, Parts]) -> Parts:
     """Of all stages of a pipeline rank."""
     total = Parts()
     for stage in plan.stages_of(rank):
-        counts: dict[tuple[bool, bool, bool], int] = {}
-        for layer in plan.stages[stage]:
-            kind = (layer == 0, layer in plan.routed, layer in plan.strided)
-            counts[kind] = counts.get(kind, 0) + 1
-        for kind, count in counts.items():
+        for kind, count in plan.layer_counts(stage).items():
             if kind not in kinds:
                 kinds[kind] = _layer_parts(plan, cluster, *kind, imbalance)
             total = total.plus(kinds[kind], count)

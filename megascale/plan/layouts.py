@@ -1,0 +1,250 @@
+"""The best layouts of a run on a cluster: every layout that the trainer's own rules allow, pruned by bounds, by planned step time.
+
+What is searched: tp, pp, schedule, stages a rank, ep, etp, cp, stream, dp, ZeRO stage, micro-batches, recompute. What is left as it is: the
+model, the batch of a step, the optimizer, the precision, the kind of context parallelism. ZeRO 2 is left out: it keeps gradients whole, as
+ZeRO 1 does, until the last micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from megascale.config.errors import InputError
+from megascale.config.layout import SPLIT_BACKWARD, batch_fits, expert_ranks, pipeline_bubble
+from megascale.config.layout_checks import contradictions, layout_problems
+from megascale.config.layout_search import divisors
+from megascale.config.obstacles import (
+    context_obstacles,
+    expert_obstacles,
+    pipeline_obstacles,
+    stream_obstacles,
+    tensor_obstacles,
+    width_obstacles,
+)
+from megascale.config.schema import Config, Parallel
+from megascale.plan.cluster import Cluster
+from megascale.plan.memory import Memory, worst_rank
+from megascale.plan.rank import Plan
+from megascale.plan.time import StepTime, step_time
+
+MOST_SEQUENCES = 16
+"""Of a micro-batch on one rank: more change little."""
+MOST_STAGES = 8
+"""Stages a rank of the interleaved schedules."""
+LEAST_TOKENS = 1024
+"""Of a sequence on one context-parallel rank: with fewer, messages are longer than the work."""
+SCHEDULES = ("1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout that fits, with what it costs."""
+
+    config: Config
+    """the run with this layout"""
+    plan: Plan
+    memory: Memory
+    """of the fullest pipeline rank"""
+    rank: int
+    """that pipeline rank"""
+    time: StepTime
+
+    @property
+    def utilisation(self) -> float:
+        """Model FLOPs over what the devices could do in the step, as `perf/mfu` counts them, but for the peak."""
+        return self.plan.flops / self.time.total / self.plan.world
+
+
+@dataclass
+class Search:
+    """What a search found."""
+
+    found: list[Found] = field(default_factory=list)
+    """fastest first"""
+    tried: int = 0
+    """layouts that the rules allow"""
+    too_large: int = 0
+    """of these, without room in memory"""
+    too_slow: int = 0
+    """of these, left out by a bound on their time"""
+    smallest: tuple[float, Config] | None = None
+    """bytes of the layout that needs least, where none fits"""
+
+
+def search(config: Config, cluster: Cluster, gpus: int, most: int = 10, imbalance: float = 1.0) -> Search:
+    """The fastest layouts of a run, at most so many.
+
+    Args:
+        config: resolved; knows the vocabulary's size. Its layout and micro-batches are not read.
+        imbalance: rows of the fullest rank's experts over an even share.
+
+    Raises:
+        InputError: no layout of so many GPUs works with the model and the batch, or none fits the memory.
+    """
+    result = Search()
+    config = config.model_copy(update={"parallel": Parallel(context=config.parallel.context)})
+    least = Plan(_with(config, {"dp": 1}, config.batch.sequences), 1).flops / gpus
+    least /= cluster.peak_flops * cluster.efficiency.matmul
+    fits = False
+    for candidate in candidates(config, cluster, gpus):
+        result.tried += 1
+        parallel, m = candidate.parallel, candidate.batch.micro_batches
+        bubble = pipeline_bubble(parallel, m) if parallel.pp > 1 else 0.0
+        slowest = result.found[-1].time.total if len(result.found) == most else math.inf
+        if least / (1 - bubble) >= slowest or (parallel.recompute == "layer" and fits):
+            result.too_slow += 1  # of otherwise equal layouts the one that keeps everything comes first
+            continue
+        fits = _try(result, candidate, cluster, gpus, most, imbalance)
+    if not result.tried:
+        raise InputError(f"--gpus {gpus}", _no_layout(config, gpus), "change the number of GPUs, or batch.sequences")
+    if not result.found:
+        assert result.smallest is not None
+        size, smallest = result.smallest
+        reason = f"none of {result.tried:,} layouts fits {cluster.usable_bytes / 2**30:.0f} GiB; the smallest needs {size / 2**30:.0f} GiB"
+        raise InputError(
+            f"--gpus {gpus}", f"{reason} ({describe(smallest, gpus)})", "take more GPUs, larger ones, or a smaller model"
+        )
+    return result
+
+
+def _try(result: Search, candidate: Config, cluster: Cluster, gpus: int, most: int, imbalance: float) -> bool:
+    """Adds a layout to the result if it fits and is fast; whether it fits."""
+    plan = Plan(candidate, gpus)
+    rank, memory = worst_rank(plan, imbalance, cluster.efficiency.fragmentation)
+    if memory.total > cluster.usable_bytes:
+        result.too_large += 1
+        if result.smallest is None or memory.total < result.smallest[0]:
+            result.smallest = memory.total, candidate
+        return False
+    found = Found(candidate, plan, memory, rank, step_time(plan, cluster, imbalance))
+    if len(result.found) == most and found.time.total >= result.found[-1].time.total:
+        return True
+    result.found.append(found)
+    result.found.sort(key=lambda one: one.time.total)
+    del result.found[most:]
+    return True
+
+
+# What there is to try -----------------------------------------------------------------------------------------------------
+
+
+def candidates(config: Config, cluster: Cluster, gpus: int) -> Iterator[Config]:
+    """Every layout that the trainer would accept, as the run's config with it."""
+    for tp in divisors(gpus):
+        if tp > cluster.devices_per_node or tensor_obstacles(config, tp):
+            continue
+        for stream in divisors(math.gcd(config.model.streams.count, gpus // tp)):
+            for cp in divisors(gpus // tp // stream):
+                if cp > max(1, config.data.sequence_length // LEAST_TOKENS):
+                    break
+                shared = _with(config, {"tp": tp, "stream": stream, "cp": cp}, 1)
+                if stream_obstacles(shared, stream) or context_obstacles(shared, cp):
+                    continue
+                yield from _pipelines(shared, gpus)
+
+
+def _pipelines(config: Config, gpus: int) -> Iterator[Config]:
+    parallel = config.parallel
+    rest = gpus // (parallel.tp * parallel.stream * parallel.cp)
+    for pp in divisors(rest):
+        dp = rest // pp
+        if pp > config.model.layers:
+            break
+        for size in _sizes(config, dp):
+            micro_batches = config.batch.sequences // dp // size
+            if not batch_fits(config.batch, micro_batches, dp):
+                continue
+            for schedule, stages in _schedules(config, pp):
+                layout = {"pp": pp, "dp": dp, "schedule": schedule, "virtual_stages": stages}
+                candidate = _with(config, layout, micro_batches)
+                if not pipeline_obstacles(candidate, pp):
+                    yield from _experts(candidate, dp)
+
+
+def _sizes(config: Config, dp: int) -> list[int]:
+    """Sequences of a micro-batch on one rank."""
+    if config.batch.sequences % dp:
+        return []
+    most = MOST_SEQUENCES if config.parallel.cp == 1 else 1  # who shares a sequence has no use for a second one at a time
+    return [size for size in divisors(config.batch.sequences // dp) if size <= most]
+
+
+def _schedules(config: Config, pp: int) -> Iterator[tuple[str, int]]:
+    yield "1f1b", 1
+    if pp == 1:
+        return
+    each = config.model.layers // pp
+    for stages in range(2, min(each, MOST_STAGES) + 1):
+        if stages == 2 or config.model.layers % (pp * stages) == 0:
+            yield "interleaved", stages
+    if config.compile != "on":
+        yield from ((schedule, 1) for schedule in SPLIT_BACKWARD if schedule == "zero_bubble" or each > 1)
+
+
+def _experts(config: Config, dp: int) -> Iterator[Config]:
+    parallel = config.parallel
+    for etp in sorted({1, parallel.tp}) if config.model.experts.count > 1 else (1,):
+        split = _changed(config, {"etp": etp})
+        if etp > 1 and width_obstacles(split, etp):
+            continue
+        ranks = expert_ranks(split.parallel, dp)
+        for ep in divisors(math.gcd(config.model.experts.count, ranks)):
+            if not expert_obstacles(split, ep, ranks):
+                yield from _states(_changed(split, {"ep": ep}), dp)
+
+
+def _states(config: Config, dp: int) -> Iterator[Config]:
+    """ZeRO stages and recomputation."""
+    parallel, streams = config.parallel, config.model.streams.count
+    shards = dp * parallel.stream * parallel.cp
+    stages = [0] if shards == 1 else [0, 1]
+    if shards > 1 and parallel.pp == parallel.ep == 1 and config.compile != "on" and config.optimizer.name != "muon":
+        stages.append(3)
+    modes = ["none", "layer"] + ["stream"] * (
+        streams > 1 and streams != parallel.stream
+    )  # "layer" directly behind "none": see search
+    for zero in stages:
+        for recompute in modes:
+            yield _changed(config, {"zero_stage": zero, "recompute": recompute})
+
+
+def _with(config: Config, layout: dict[str, Any], micro_batches: int) -> Config:
+    """The run in another layout, of which tp, stream and cp stay."""
+    kept = {axis: getattr(config.parallel, axis) for axis in ("context", "tp", "stream", "cp")}
+    parallel = Parallel().model_copy(update={**kept, **layout})
+    batch = config.batch.model_copy(update={"micro_batches": micro_batches})
+    return config.model_copy(update={"parallel": parallel, "batch": batch})
+
+
+def _changed(config: Config, layout: dict[str, Any]) -> Config:
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=layout)})
+
+
+def _no_layout(config: Config, gpus: int) -> str:
+    sequences = config.batch.sequences
+    return (
+        f"no layout works: {sequences} sequences a step, {config.model.layers} layers, {config.model.heads} heads on {gpus} GPUs"
+    )
+
+
+def problems(found: Config, gpus: int) -> list[str]:
+    """What the trainer's own checks say of a layout; the search yields only such as have none."""
+    return [problem.reason for problem in (*layout_problems(found, gpus), *contradictions(found))]
+
+
+def describe(config: Config, gpus: int) -> str:
+    """A layout in one line."""
+    parallel = config.parallel
+    axes = [f"{axis} {size}" for axis in ("tp", "pp", "ep", "etp", "cp", "stream", "dp") if (size := getattr(parallel, axis)) > 1]
+    if parallel.pp > 1:
+        stages = f" x {parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""
+        axes.append(f"{parallel.schedule}{stages}")
+    sequences = config.batch.sequences // config.batch.micro_batches // (parallel.dp or 1)
+    axes.append(f"{config.batch.micro_batches} micro-batches of {sequences} a rank")
+    axes.append(f"ZeRO {parallel.zero_stage}")
+    if parallel.recompute != "none":
+        axes.append(f"recompute {parallel.recompute}")
+    return ", ".join(axes)
