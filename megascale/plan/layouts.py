@@ -36,7 +36,6 @@ MOST_STAGES = 8
 """Stages a rank of the interleaved schedules."""
 LEAST_TOKENS = 1024
 """Of a sequence on one context-parallel rank: with fewer, messages are longer than the work."""
-SCHEDULES = ("1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev")
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def search(config: Config, cluster: Cluster, gpus: int, most: int = 10, imbalanc
     result = Search()
     config = config.model_copy(update={"parallel": Parallel(context=config.parallel.context)})
     least = Plan(_with(config, {"dp": 1}, config.batch.sequences), 1).flops / gpus
-    least /= cluster.peak_flops * cluster.efficiency.matmul
+    least /= cluster.peak_flops * max(cluster.efficiency.matmul, cluster.efficiency.attention)
     fits = False
     for candidate in candidates(config, cluster, gpus):
         result.tried += 1
@@ -98,6 +97,10 @@ def search(config: Config, cluster: Cluster, gpus: int, most: int = 10, imbalanc
             result.too_slow += 1  # of otherwise equal layouts the one that keeps everything comes first
             continue
         fits = _try(result, candidate, cluster, gpus, most, imbalance)
+    refined = {_key(candidate): candidate for found in result.found for candidate in other_schedules(found.config)}
+    for candidate in refined.values():
+        result.tried += 1
+        _try(result, candidate, cluster, gpus, most, imbalance)
     if not result.tried:
         raise InputError(f"--gpus {gpus}", _no_layout(config, gpus), "change the number of GPUs, or batch.sequences")
     if not result.found:
@@ -108,6 +111,11 @@ def search(config: Config, cluster: Cluster, gpus: int, most: int = 10, imbalanc
             f"--gpus {gpus}", f"{reason} ({describe(smallest, gpus)})", "take more GPUs, larger ones, or a smaller model"
         )
     return result
+
+
+def _key(config: Config) -> tuple[Parallel, int]:
+    """Equal for equal layouts."""
+    return config.parallel, config.batch.micro_batches
 
 
 def _try(result: Search, candidate: Config, cluster: Cluster, gpus: int, most: int, imbalance: float) -> bool:
@@ -173,15 +181,26 @@ def _sizes(config: Config, dp: int) -> list[int]:
 
 
 def _schedules(config: Config, pp: int) -> Iterator[tuple[str, int]]:
+    """The schedule of least memory, and interleaved ones: two stages a rank, and the most that share the layers evenly."""
     yield "1f1b", 1
     if pp == 1:
         return
-    each = config.model.layers // pp
-    for stages in range(2, min(each, MOST_STAGES) + 1):
-        if stages == 2 or config.model.layers % (pp * stages) == 0:
-            yield "interleaved", stages
+    most = min(config.model.layers // pp, MOST_STAGES)
+    even = max((stages for stages in range(2, most + 1) if config.model.layers % (pp * stages) == 0), default=2)
+    yield from (("interleaved", stages) for stages in sorted({2, even}) if stages <= most)
+
+
+def other_schedules(config: Config) -> Iterator[Config]:
+    """The same layout with each schedule that `candidates` leaves out."""
+    pp, layers = config.parallel.pp, config.model.layers
+    tried = set(_schedules(config, pp))
+    options = [("interleaved", stages) for stages in range(2, min(layers // pp, MOST_STAGES) + 1)]
     if config.compile != "on":
-        yield from ((schedule, 1) for schedule in SPLIT_BACKWARD if schedule == "zero_bubble" or each > 1)
+        options += [(schedule, 1) for schedule in SPLIT_BACKWARD]
+    for schedule, stages in options:
+        changed = _changed(config, {"schedule": schedule, "virtual_stages": stages})
+        if pp > 1 and (schedule, stages) not in tried and not pipeline_obstacles(changed, pp):
+            yield changed
 
 
 def _experts(config: Config, dp: int) -> Iterator[Config]:

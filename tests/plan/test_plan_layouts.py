@@ -1,0 +1,86 @@
+"""The search yields layouts that the trainer accepts, none faster is left out, and what cannot work is refused with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megascale.config.errors import InputError
+from megascale.config.schema import Config
+from megascale.plan.cluster import load_cluster
+from megascale.plan.layouts import candidates, describe, other_schedules, problems, search
+from megascale.plan.memory import worst_rank
+from megascale.plan.rank import Plan
+from megascale.plan.time import step_time
+from plans import FINE, P2, plan_of
+
+H100 = load_cluster("h100")
+MODELS = {
+    "dense": (),
+    "experts": (FINE,),
+    "streams": (P2, "data.sequence_length=2048"),
+    "blocks": ("model.altup={blocks: 2}", "data.sequence_length=2048"),
+    "muon": ("optimizer={name: muon}",),
+    "compiled": ("compile=on",),
+}
+
+
+def config_of(folder: Path, *overrides: str) -> Config:
+    return plan_of(folder, 1, *overrides, "parallel={}").config
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_trainer_accepts_every_candidate(tmp_path: Path, model: str) -> None:
+    config = config_of(tmp_path, *MODELS[model])
+    found = list(candidates(config, H100, 16))
+    assert len(found) > 30
+    for candidate in found[:: max(1, len(found) // 200)]:
+        assert problems(candidate, 16) == [], describe(candidate, 16)
+        for other in other_schedules(candidate):
+            assert problems(other, 16) == [], describe(other, 16)
+
+
+def test_candidates_cover_the_axes(tmp_path: Path) -> None:
+    found = list(candidates(config_of(tmp_path, FINE, P2), H100, 16))
+    for axis in ("tp", "pp", "cp", "stream", "dp", "ep", "etp", "virtual_stages", "zero_stage", "recompute"):
+        assert len({getattr(candidate.parallel, axis) for candidate in found}) > 1, axis
+    assert len({candidate.batch.micro_batches for candidate in found}) > 1
+
+
+def test_nothing_faster_is_left_out(tmp_path: Path) -> None:
+    """Bounds leave out what could not have been among the best: all candidates, one by one, have none faster."""
+    config = config_of(tmp_path)
+    best = search(config, H100, 16)
+    times = []
+    for candidate in candidates(config, H100, 16):
+        plan = Plan(candidate, 16)
+        if worst_rank(plan, fragmentation=H100.efficiency.fragmentation)[1].total <= H100.usable_bytes:
+            times.append(step_time(plan, H100).total)
+    assert best.found[0].time.total <= min(times)
+    assert [found.time.total for found in best.found] == sorted(found.time.total for found in best.found)
+    assert len({(found.config.parallel, found.config.batch.micro_batches) for found in best.found}) == len(best.found) == 10
+
+
+def test_what_does_not_fit_is_not_found(tmp_path: Path) -> None:
+    small = H100.model_copy(update={"memory_bytes": 12e9})
+    found = search(config_of(tmp_path), small, 16).found
+    assert all(one.memory.total <= small.usable_bytes for one in found)
+    assert found[0].time.total > search(config_of(tmp_path), H100, 16).found[0].time.total
+
+
+def test_a_model_too_large_is_refused_with_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--gpus 1: none of .* layouts fits 2 GiB; the smallest needs \d+ GiB"):
+        search(config_of(tmp_path), H100.model_copy(update={"memory_bytes": 5e9}), 1)
+
+
+def test_gpus_that_no_batch_can_use_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--gpus 131: no layout works: 64 sequences a step"):
+        search(config_of(tmp_path), H100, 131)
+
+
+def test_a_slow_network_keeps_experts_in_a_node(tmp_path: Path) -> None:
+    slow = H100.model_copy(update={"inter_node_bandwidth": 1e9})
+    best = search(config_of(tmp_path, FINE), slow, 16).found[0]
+    assert best.config.parallel.ep <= 8
+    assert best.time.dp + best.time.pp + best.time.ep < best.time.total
