@@ -24,6 +24,7 @@ VERBS = {
     "streams": "save what a run has learned beside a frozen trunk",
     "convert": "Hugging Face folders to runs, and runs to Hugging Face folders",
     "laws": "published scaling laws, predictions, fits of runs, comparisons, plots",
+    "plan": "memory, time, price and the fastest layouts of a run on a cluster",
     "slurm": "the SLURM job script of a run, its config checked for that many ranks",
     "dashboard": "the W&B workspace as code: show or push",
     "doctor": "versions, devices, and a two-rank train and resume self test",

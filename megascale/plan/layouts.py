@@ -52,6 +52,12 @@ class Found:
     time: StepTime
 
     @property
+    def axes(self) -> tuple[int, ...]:
+        """Ranks along all axes."""
+        parallel = self.config.parallel
+        return parallel.tp, parallel.pp, parallel.ep, parallel.etp, parallel.cp, parallel.stream
+
+    @property
     def utilisation(self) -> float:
         """Model FLOPs over what the devices could do in the step, as `perf/mfu` counts them, but for the peak."""
         return self.plan.flops / self.time.total / self.plan.world
@@ -74,7 +80,7 @@ class Search:
 
 
 def search(config: Config, cluster: Cluster, gpus: int, most: int = 10, imbalance: float = 1.0) -> Search:
-    """The fastest layouts of a run, at most so many.
+    """The fastest layouts of a run, at most so many; of those that differ in schedule, micro-batches, ZeRO or recomputation alone the best.
 
     Args:
         config: resolved; knows the vocabulary's size. Its layout and micro-batches are not read.
@@ -128,12 +134,20 @@ def _try(result: Search, candidate: Config, cluster: Cluster, gpus: int, most: i
             result.smallest = memory.total, candidate
         return False
     found = Found(candidate, plan, memory, rank, step_time(plan, cluster, imbalance))
-    if len(result.found) == most and found.time.total >= result.found[-1].time.total:
-        return True
-    result.found.append(found)
-    result.found.sort(key=lambda one: one.time.total)
-    del result.found[most:]
+    _enter(result.found, found, most)
     return True
+
+
+def _enter(best: list[Found], found: Found, most: int) -> None:
+    """Keeps the fastest layouts; of those with the same ranks along all axes the fastest only."""
+    same = next((index for index, one in enumerate(best) if one.axes == found.axes), None)
+    if same is not None:
+        if found.time.total >= best[same].time.total:
+            return
+        del best[same]
+    best.append(found)
+    best.sort(key=lambda one: one.time.total)
+    del best[most:]
 
 
 # What there is to try -----------------------------------------------------------------------------------------------------
@@ -198,21 +212,21 @@ def other_schedules(config: Config) -> Iterator[Config]:
     if config.compile != "on":
         options += [(schedule, 1) for schedule in SPLIT_BACKWARD]
     for schedule, stages in options:
-        changed = _changed(config, {"schedule": schedule, "virtual_stages": stages})
-        if pp > 1 and (schedule, stages) not in tried and not pipeline_obstacles(changed, pp):
-            yield changed
+        other = changed(config, {"schedule": schedule, "virtual_stages": stages})
+        if pp > 1 and (schedule, stages) not in tried and not pipeline_obstacles(other, pp):
+            yield other
 
 
 def _experts(config: Config, dp: int) -> Iterator[Config]:
     parallel = config.parallel
     for etp in sorted({1, parallel.tp}) if config.model.experts.count > 1 else (1,):
-        split = _changed(config, {"etp": etp})
+        split = changed(config, {"etp": etp})
         if etp > 1 and width_obstacles(split, etp):
             continue
         ranks = expert_ranks(split.parallel, dp)
         for ep in divisors(math.gcd(config.model.experts.count, ranks)):
             if not expert_obstacles(split, ep, ranks):
-                yield from _states(_changed(split, {"ep": ep}), dp)
+                yield from _states(changed(split, {"ep": ep}), dp)
 
 
 def _states(config: Config, dp: int) -> Iterator[Config]:
@@ -227,7 +241,7 @@ def _states(config: Config, dp: int) -> Iterator[Config]:
     )  # "layer" directly behind "none": see search
     for zero in stages:
         for recompute in modes:
-            yield _changed(config, {"zero_stage": zero, "recompute": recompute})
+            yield changed(config, {"zero_stage": zero, "recompute": recompute})
 
 
 def _with(config: Config, layout: dict[str, Any], micro_batches: int) -> Config:
@@ -238,7 +252,8 @@ def _with(config: Config, layout: dict[str, Any], micro_batches: int) -> Config:
     return config.model_copy(update={"parallel": parallel, "batch": batch})
 
 
-def _changed(config: Config, layout: dict[str, Any]) -> Config:
+def changed(config: Config, layout: dict[str, Any]) -> Config:
+    """The run with some settings of the layout changed."""
     return config.model_copy(update={"parallel": config.parallel.model_copy(update=layout)})
 
 

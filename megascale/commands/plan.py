@@ -1,0 +1,141 @@
+"""`megascale plan`: the fastest layouts of a run on a cluster, with memory, days and price; the planner's errors on published runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megascale.config.errors import InputError
+
+if TYPE_CHECKING:
+    from megascale.config.load import LoadedConfig
+    from megascale.plan.cluster import Cluster
+    from megascale.plan.layouts import Found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    parser.add_argument("--check", action="store_true", help="the planner's errors on published runs, instead of a plan")
+    parser.add_argument("--config", type=Path, help="YAML file of the run; its own layout is not read")
+    parser.add_argument("--cluster", metavar="NAME", help="a name in configs/clusters (a100, h100, h200, b200), or a YAML file")
+    parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs")
+    parser.add_argument("--tokens", type=float, metavar="D", help="training tokens, for days and price; default: the run's steps")
+    parser.add_argument(
+        "--imbalance", type=float, default=1.0, metavar="X", help="rows of the fullest expert rank over an even share; default: 1"
+    )
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show; default: 10")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the run with the fastest layout there")
+    parser.add_argument("--slurm", type=Path, metavar="FILE", help="with --write: write the run's SLURM job script there")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the verb; returns the exit code.
+
+    Raises:
+        InputError: missing or senseless arguments, an unknown cluster, a run that no layout of the GPUs holds.
+    """
+    if arguments.check:
+        return _check(arguments)
+    for name in ("config", "cluster", "gpus"):
+        if getattr(arguments, name) is None:
+            raise InputError(f"--{name}", "is missing", "a plan needs --config, --cluster and --gpus; or give --check alone")
+    _refuse_senseless(arguments)
+    from rich.console import Console
+
+    from megascale.config.checks import check
+    from megascale.config.load import load_config
+    from megascale.config.resolve import resolve
+    from megascale.plan import report
+    from megascale.plan.cluster import load_cluster
+    from megascale.plan.layouts import search
+
+    cluster = load_cluster(arguments.cluster)
+    loaded = load_config(arguments.config, arguments.overrides)
+    check(loaded)
+    config = resolve(loaded.config)
+    started = time.perf_counter()
+    result = search(config, cluster, arguments.gpus, arguments.top, arguments.imbalance)
+    seconds = time.perf_counter() - started
+    tokens = arguments.tokens or config.schedule.steps * result.found[0].plan.step_tokens
+    facts = report.plan_facts(result, cluster, tokens, seconds)
+    if arguments.json:
+        print(json.dumps(facts, indent=1, allow_nan=False))
+    else:
+        report.print_plan(facts, Console())
+    if arguments.write is not None:
+        _write(arguments, loaded, result.found[0], cluster)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megascale.plan import published, report
+
+    given = [name for name in ("config", "cluster", "gpus", "tokens", "write", "slurm") if getattr(arguments, name) is not None]
+    if given or arguments.overrides:
+        raise InputError(
+            "--check", f"has no use for {', '.join(f'--{name}' for name in given) or 'overrides'}", "give --check alone"
+        )
+    facts = report.check_facts(published.checks())
+    if arguments.json:
+        print(json.dumps(facts, indent=1, allow_nan=False))
+    else:
+        report.print_checks(facts, Console())
+    return 1 if any(summary["unexplained"] for summary in facts["summary"]) else 0
+
+
+def _refuse_senseless(arguments: argparse.Namespace) -> None:
+    for name, least in (("gpus", 1), ("top", 1), ("imbalance", 1.0)):
+        if not getattr(arguments, name) >= least:
+            raise InputError(f"--{name}", f"{getattr(arguments, name)} is too small", f"give at least {least}")
+    if arguments.tokens is not None and not 0 < arguments.tokens < math.inf:
+        raise InputError("--tokens", f"{arguments.tokens} is no number of tokens", "give for example 1e12")
+    if not math.isfinite(arguments.imbalance):
+        raise InputError("--imbalance", f"{arguments.imbalance} is not finite", "give for example 1.3")
+    if arguments.slurm is not None and arguments.write is None:
+        raise InputError("--slurm", "the job script starts a config file", "add --write FILE")
+
+
+def _write(arguments: argparse.Namespace, loaded: LoadedConfig, found: Found, cluster: Cluster) -> None:
+    """The run's config with the layout, as many steps as the tokens ask for, and its job script."""
+    from megascale.config.checks import check
+    from megascale.config.load import load_config
+    from megascale.config.write import dump
+
+    config, schedule = loaded.config, loaded.config.schedule
+    if arguments.tokens is not None:
+        if schedule.phases:
+            raise InputError("--tokens", "the run's phases fix its steps, and --write would change them", "leave --tokens out")
+        steps = math.ceil(arguments.tokens / found.plan.step_tokens)
+        schedule = schedule.model_copy(update={"steps": steps, "warmup_steps": min(schedule.warmup_steps, steps - 1)})
+    batch = config.batch.model_copy(update={"micro_batches": found.plan.micro_batches})
+    parallel = found.config.parallel.model_copy(update={"dp": found.plan.dp})
+    chosen = config.model_copy(update={"batch": batch, "schedule": schedule, "parallel": parallel})
+    _save(arguments.write, dump(chosen), "--write")
+    check(load_config(arguments.write), found.plan.world)
+    if arguments.slurm is not None:
+        from megascale.train.job_script import Job, job_script
+
+        each = min(cluster.devices_per_node, found.plan.world)
+        if found.plan.world % each:
+            reason = f"{found.plan.world} GPUs do not fill nodes of {each}"
+            raise InputError("--slurm", reason, "plan for whole nodes, or use `megascale slurm`")
+        job = Job(nodes=found.plan.world // each, gpus=each, ranks=each, time="24:00:00", warning_seconds=600)
+        place = config.run
+        _save(arguments.slurm, job_script(job, arguments.write, (), place.name, Path(place.folder) / place.name), "--slurm")
+
+
+def _save(path: Path, text: str, option: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(option, f"{path} cannot be written: {error.strerror}", "choose another file") from error
+    print(f"wrote {path}", file=sys.stderr)
