@@ -234,6 +234,8 @@ def _states(config: Config, dp: int) -> Iterator[Config]:
     parallel, streams = config.parallel, config.model.streams.count
     shards = dp * parallel.stream * parallel.cp
     stages = [0] if shards == 1 else [0, 1]
+    if config.engine.deepspeed:  # settings that plain torch would leave unused
+        stages = [1]
     if shards > 1 and parallel.pp == parallel.ep == 1 and config.compile != "on" and config.optimizer.name != "muon":
         stages.append(3)
     modes = ["none", "layer"] + ["stream"] * (

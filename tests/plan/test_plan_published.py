@@ -48,3 +48,17 @@ def test_activations_follow_the_papers_table() -> None:
     assert megatron.layer_bytes(run) == pytest.approx(size * (10 + 24 / 8 + 5 * 96 * 2048 / 12288 / 8))
     both = published.replace(run, recompute="selective", sequence_parallel=True)
     assert megatron.layer_bytes(both) == pytest.approx(size * 34 / 8)
+
+
+def test_the_bubble_shrinks_with_the_stages_of_a_rank() -> None:
+    """A step of m micro-batches is m a + b; b, twice the time of m less that of 2 m, is the bubble: (p-1)/v of a stage's time."""
+    cluster = load_cluster("a100").model_copy(update={"inter_node_bandwidth": 1e12, "inter_node_latency": 0.0})
+    run = published._run(published.read_rows("recomputation")[1])
+    assert (run.pp, run.dp) == (8, 1)
+    bubbles = {}
+    for stages in (1, 3):
+        few = published.replace(run, interleave=stages)
+        bubbles[stages] = 2 * megatron.iteration_seconds(few, cluster) - megatron.iteration_seconds(
+            published.replace(few, batch=2 * few.batch), cluster
+        )
+    assert bubbles[1] == pytest.approx(3 * bubbles[3], rel=0.1)
