@@ -39,7 +39,8 @@ def goodput(cluster: Cluster, nodes: int, parameters: int, background: bool) -> 
     """
     size = float(SAVED_BYTES * parameters)
     written = size / nodes / cluster.checkpoint_bandwidth
-    cost = size / (nodes * cluster.devices_per_node) / cluster.host_bandwidth if background else written
+    moved = size / (nodes * cluster.devices_per_node) / cluster.host_bandwidth if background else written
+    cost = cluster.checkpoint_seconds + moved
     mean = 3600.0 * cluster.hours_between_failures / nodes
     interval = max(best_interval(cost, mean), written if background else 0.0)
     return Goodput(mean / 3600, cost, interval, useful_share(interval, cost, mean, cluster.restart_seconds))

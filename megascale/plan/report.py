@@ -159,7 +159,8 @@ def _cost_line(spent: dict[str, Any]) -> str:
     text = f"{spent['tokens']:.3g} tokens: {spent['days']:.1f} days, {spent['gpu_hours']:,.0f} GPU hours"
     text += f", ${price:,.0f}" if price is not None else ""
     text += f"; goodput {useful['share']:.1%}: a failure every {useful['hours_between_failures']:.1f} h"
-    return f"{text}, a checkpoint every {useful['interval_seconds'] / 60:.0f} min ({useful['checkpoint_seconds']:.2g} s each)"
+    interval = useful["interval_seconds"] / 60
+    return f"{text}, a checkpoint every {interval:.1f} min ({useful['checkpoint_seconds']:.1f} s each)"
 
 
 # Errors -------------------------------------------------------------------------------------------------------------------
