@@ -56,7 +56,9 @@ class Cluster(Node):
     price_per_hour: float | None = field(None, "of one device, dollars; none = prices are not given", gt=0)
     hours_between_failures: float = field(40000.0, "mean time between failures of one node, hours", gt=0)
     checkpoint_bandwidth: float = field(1e9, "at which a node writes a checkpoint, bytes/s", gt=0)
-    checkpoint_seconds: float = field(2.0, "that a checkpoint holds training up beside its bytes: ranks wait for each other", ge=0)
+    checkpoint_seconds: float = field(
+        2.0, "that a checkpoint holds training up beside its bytes: ranks wait for each other", ge=0
+    )
     host_bandwidth: float = field(2e10, "from a device's memory to its host's, of one device, bytes/s", gt=0)
     restart_seconds: float = field(600.0, "from a failure until training goes on, seconds", ge=0)
     efficiency: Efficiency = Efficiency()

@@ -19,7 +19,8 @@ from megascale.config.size import end_width
 from megascale.model.loss import CHUNK
 from megascale.parallel.rebuild import rebuilding_saves
 from megascale.parallel.zero_traffic import MOST_LIVE
-from megascale.plan.rank import Elements, LayerKind, Plan
+from megascale.plan.cut import LayerKind
+from megascale.plan.rank import Elements, Plan
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def rank_memory(plan: Plan, rank: int, imbalance: float = 1.0, fragmentation: fl
 
 def worst_rank(plan: Plan, imbalance: float = 1.0, fragmentation: float = 0.0) -> tuple[int, Memory]:
     """The pipeline rank that needs most: under 1F1B the first ones keep most micro-batches, and the last has the head."""
-    found = ((rank, rank_memory(plan, rank, imbalance, fragmentation)) for rank in plan.distinct_ranks)
+    found = ((rank, rank_memory(plan, rank, imbalance, fragmentation)) for rank in plan.cut.distinct_ranks)
     return max(found, key=lambda pair: pair[1].total)
 
 
@@ -199,7 +200,7 @@ def _rebuilds(plan: Plan, layers: int) -> bool:
 
 def _kept_by_stage(plan: Plan, stage: int, imbalance: float) -> float:
     """Bytes kept of one micro-batch between its forward and its backward pass."""
-    layers, recompute = plan.stages[stage], plan.config.parallel.recompute
+    layers, recompute = plan.cut.stages[stage], plan.config.parallel.recompute
     if _one_by_one(plan):
         return _state_bytes(plan) + _state_bytes(plan, 1 if stage == 0 else None) * (stage == 0)
     if recompute != "layer":
@@ -212,7 +213,7 @@ def _kept_by_stage(plan: Plan, stage: int, imbalance: float) -> float:
 
 def _all_layers(plan: Plan, stage: int, streams: int, imbalance: float) -> float:
     """Kept by the layers of a stage."""
-    return sum(count * kept_by_layer(plan, kind, streams, imbalance) for kind, count in plan.layer_counts(stage).items())
+    return sum(count * kept_by_layer(plan, kind, streams, imbalance) for kind, count in plan.cut.counts[stage].items())
 
 
 def _under_way(plan: Plan, rank: int, stages: list[int]) -> list[int]:
@@ -243,8 +244,8 @@ def _waiting_weight_gradients(plan: Plan, rank: int, stages: list[int]) -> float
     if plan.pp == 1 or schedule != "zero_bubble":
         return 0.0
     e, d, model = plan.element_bytes, plan.model.width, plan.model
-    waiting = min(rank, plan.micro_batches) * sum(len(plan.stages[stage]) for stage in stages) / len(stages)
-    rows = model.experts.per_token / plan.tp * (model.experts.width or 0) if plan.routed else plan.ffn_width
+    waiting = min(rank, plan.micro_batches) * sum(len(plan.cut.stages[stage]) for stage in stages) / len(stages)
+    rows = model.experts.per_token / plan.tp * (model.experts.width or 0) if model.experts.count > 1 else plan.ffn_width
     return waiting * plan.tokens * plan.streams * e * (4 * d + 2 * (plan.query_width + plan.key_width) + 3 * rows)
 
 
@@ -254,11 +255,11 @@ def _in_a_layer(plan: Plan, stage: int, imbalance: float) -> float:
         plan.model,
         plan.element_bytes,
         plan.model.width,
-        plan.stages[stage],
+        plan.cut.stages[stage],
         plan.config.parallel.recompute,
     )
     streams = 1 if _one_by_one(plan) else plan.streams
-    dense = any(not routed for _, routed, _ in plan.layer_counts(stage))
+    dense = any(not routed for _, routed, _ in plan.cut.counts[stage])
     experts = plan.tokens / plan.tp * streams * model.experts.per_token * (model.experts.width or 0)
     state, hidden = plan.tokens * streams * d * e, e * (plan.tokens * streams * plan.ffn_width if dense else experts)
     gathered, share = state * (plan.tp > 1), state / plan.tp
@@ -267,12 +268,12 @@ def _in_a_layer(plan: Plan, stage: int, imbalance: float) -> float:
     backward = share * (1 + model.altup.blocks * (model.altup.blocks > 1))
     backward += max(hidden + gathered, 2 * hidden, matrix * (e + 4 if e < 4 else 4))
     if _one_by_one(plan):  # all layers of a stream again, and the sums of the streams' weight gradients
-        counts = plan.layer_counts(stage)
+        counts = plan.cut.counts[stage]
         sums = sum(count * plan.kinds[routed].total for (_, routed, _), count in counts.items())
         return backward + _all_layers(plan, stage, 1, imbalance) + 4.0 * sums
     if recompute != "layer":
         return max(backward, gathered + 5 * share)  # outputs of attention and feed-forward, before and behind their sums
-    backward += max(kept_by_layer(plan, kind, streams, imbalance) for kind in plan.layer_counts(stage))
+    backward += max(kept_by_layer(plan, kind, streams, imbalance) for kind in plan.cut.counts[stage])
     if _rebuilds(plan, len(layers)):
         backward += _state_bytes(plan) * math.ceil(math.log2(max(len(layers), 2)))
     return backward

@@ -9,16 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megascale.config.errors import InputError
-from megascale.config.layout import expert_ranks, rank_of_stage, stage_count, zero_stage_of
+from megascale.config.layout import expert_ranks, stage_count, zero_stage_of
 from megascale.config.schema import Config, Model
-from megascale.config.size import end_width, routed_layers, strided_layers
+from megascale.config.size import end_width
 from megascale.model.accounting import active_parameters, flops_per_token, mean_visible_keys, parameters
 from megascale.model.routers import baseline_width
 from megascale.parallel.mesh import Layout, make_layout
-from megascale.parallel.stages import stage_layers
-
-LayerKind = tuple[bool, bool, bool]
-"""Whether a layer is the model's first, has experts, and computes on every k-th token only."""
+from megascale.plan.cut import Cut, cut_of
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,6 @@ class Plan:
         self.tokens = sequences * config.data.sequence_length // self.cp
         """T here: of a micro-batch, shared only by cp (inside attention and feed-forward all tp ranks have them)"""
         self.streams = self.model.streams.count // self.stream
-        self._counts: dict[int, dict[LayerKind, int]] = {}
         self._elements: dict[int, Elements] = {}
 
     @property
@@ -105,46 +101,13 @@ class Plan:
         return active_parameters(self.model)
 
     @cached_property
-    def stages(self) -> list[range]:
-        """The layers of each pipeline stage."""
-        return stage_layers(self.config)
-
-    @cached_property
-    def _stages_by_rank(self) -> list[list[int]]:
-        found: list[list[int]] = [[] for _ in range(self.pp)]
-        for stage in range(self.stage_count):
-            found[rank_of_stage(stage, self.config.parallel)].append(stage)
-        return found
+    def cut(self) -> Cut:
+        """The layers of each pipeline stage and rank."""
+        return cut_of(self.config)
 
     def stages_of(self, rank: int) -> list[int]:
         """The stages of a pipeline rank."""
-        return self._stages_by_rank[rank]
-
-    def layer_counts(self, stage: int) -> dict[LayerKind, int]:
-        """How many layers of each kind a stage has."""
-        if stage not in self._counts:
-            counts: dict[LayerKind, int] = {}
-            for layer in self.stages[stage]:
-                kind = (layer == 0, layer in self.routed, layer in self.strided)
-                counts[kind] = counts.get(kind, 0) + 1
-            self._counts[stage] = counts
-        return self._counts[stage]
-
-    def alike(self, rank: int) -> tuple[object, ...]:
-        """Equal for pipeline ranks with the same layers and ends."""
-        stages = self.stages_of(rank)
-        counts = tuple(tuple(self.layer_counts(stage).items()) for stage in stages)
-        return (*counts, 0 in stages, self.stage_count - 1 in stages)
-
-    @cached_property
-    def distinct_ranks(self) -> list[int]:
-        """Of the pipeline ranks that are alike the first and the last: what they keep under way rises or falls between these."""
-        first: dict[tuple[object, ...], int] = {}
-        last: dict[tuple[object, ...], int] = {}
-        for rank in range(self.pp):
-            first.setdefault(self.alike(rank), rank)
-            last[self.alike(rank)] = rank
-        return sorted({*first.values(), *last.values()})
+        return self.cut.by_rank[rank]
 
     @property
     def stage_count(self) -> int:
@@ -160,16 +123,6 @@ class Plan:
     def expert_shards(self) -> int:
         """Ranks with the same experts, over which ZeRO shares their state."""
         return expert_ranks(self.config.parallel, self.dp) // self.ep
-
-    @cached_property
-    def routed(self) -> frozenset[int]:
-        """Layers with experts."""
-        return frozenset(routed_layers(self.model))
-
-    @cached_property
-    def strided(self) -> frozenset[int]:
-        """Layers that compute on every k-th token."""
-        return frozenset(strided_layers(self.model))
 
     @property
     def query_width(self) -> int:
@@ -198,12 +151,14 @@ class Plan:
     @cached_property
     def kinds(self) -> dict[bool, Elements]:
         """Elements of a layer without (False) and with experts (True)."""
-        return {routed: _layer_elements(self, routed) for routed in {layer in self.routed for layer in range(self.model.layers)}}
+        return {
+            routed: _layer_elements(self, routed) for routed in {routed for counts in self.cut.counts for _, routed, _ in counts}
+        }
 
     def stage_elements(self, stage: int) -> Elements:
         """Elements of a pipeline stage."""
         total = self._ends(stage)
-        for (_, routed, strided), count in self.layer_counts(stage).items():
+        for (_, routed, strided), count in self.cut.counts[stage].items():
             each = self.kinds[routed]
             wide = each.wide + 3 * strided
             total += Elements(each.matrices * count, each.others * count, wide * count, each.experts * count)

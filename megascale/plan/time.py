@@ -19,7 +19,8 @@ from megascale.model.loss import CHUNK
 from megascale.parallel.zero_traffic import BUCKET, MOST_LIVE
 from megascale.plan.cluster import Cluster
 from megascale.plan.costs import Group, collective_seconds, group, pass_seconds, product_seconds, send_seconds
-from megascale.plan.rank import LayerKind, Plan
+from megascale.plan.cut import LayerKind
+from megascale.plan.rank import Plan
 
 EAGER = 3.0
 """Bytes that element-wise parts move without torch.compile, over those with it: intermediate results go through memory."""
@@ -103,7 +104,7 @@ def step_time(plan: Plan, cluster: Cluster, imbalance: float = 1.0) -> StepTime:
     if plan.config.precision != "bf16":
         raise InputError("precision", f"{plan.config.precision} has another peak than the cluster's", "plan with precision: bf16")
     kinds: dict[LayerKind, Parts] = {}
-    ranks = {rank: _rank_parts(plan, cluster, rank, imbalance, kinds) for rank in plan.distinct_ranks}
+    ranks = {rank: _rank_parts(plan, cluster, rank, imbalance, kinds) for rank in plan.cut.distinct_ranks}
     binding = max(ranks, key=lambda rank: sum(ranks[rank]))
     parts, m = ranks[binding], plan.micro_batches
     compute = parts.products + parts.attention + parts.experts + parts.passes + parts.recompute
@@ -125,7 +126,7 @@ def _rank_parts(plan: Plan, cluster: Cluster, rank: int, imbalance: float, kinds
     """Of all stages of a pipeline rank."""
     total = Parts()
     for stage in plan.stages_of(rank):
-        for kind, count in plan.layer_counts(stage).items():
+        for kind, count in plan.cut.counts[stage].items():
             if kind not in kinds:
                 kinds[kind] = _layer_parts(plan, cluster, *kind, imbalance)
             total = total.plus(kinds[kind], count)
