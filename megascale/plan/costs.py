@@ -16,6 +16,8 @@ from megascale.plan.cluster import Cluster
 
 TILE = 128
 """Rows and columns of the result that a processor computes at a time."""
+BACKWARD = 2.0
+"""A backward pass over the forward pass: the gradients of two factors."""
 PASSES = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
 """How often (n-1)/n of the bytes of a collective leave a rank."""
 

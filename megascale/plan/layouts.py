@@ -14,7 +14,6 @@ from typing import Any
 
 from megascale.config.errors import InputError
 from megascale.config.layout import SPLIT_BACKWARD, batch_fits, expert_ranks, pipeline_bubble
-from megascale.config.layout_checks import contradictions, layout_problems
 from megascale.config.layout_search import divisors
 from megascale.config.obstacles import (
     context_obstacles,
@@ -58,8 +57,8 @@ class Found:
         return parallel.tp, parallel.pp, parallel.ep, parallel.etp, parallel.cp, parallel.stream
 
     @property
-    def utilisation(self) -> float:
-        """Model FLOPs over what the devices could do in the step, as `perf/mfu` counts them, but for the peak."""
+    def rate(self) -> float:
+        """Model FLOP/s of a device; over its peak it is what `perf/mfu` says."""
         return self.plan.flops / self.time.total / self.plan.world
 
 
@@ -264,11 +263,6 @@ def _no_layout(config: Config, gpus: int) -> str:
     return (
         f"no layout works: {sequences} sequences a step, {config.model.layers} layers, {config.model.heads} heads on {gpus} GPUs"
     )
-
-
-def problems(found: Config, gpus: int) -> list[str]:
-    """What the trainer's own checks say of a layout; the search yields only such as have none."""
-    return [problem.reason for problem in (*layout_problems(found, gpus), *contradictions(found))]
 
 
 def describe(config: Config, gpus: int) -> str:

@@ -107,7 +107,7 @@ def _layout_facts(found: Found, cluster: Cluster, tokens: float) -> dict[str, An
         "micro_batches": plan.micro_batches,
         "step_seconds": found.time.total,
         "tokens_per_second_per_gpu": plan.step_tokens / found.time.total / plan.world,
-        "mfu": found.utilisation / cluster.peak_flops,
+        "mfu": found.rate / cluster.peak_flops,
         "time": vars(found.time),
         "memory": {**vars(found.memory), "total": found.memory.total, "rank": found.rank},
         "binds": found.time.binds,

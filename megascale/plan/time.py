@@ -13,19 +13,17 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from megascale.config.errors import InputError
-from megascale.config.layout import SPLIT_BACKWARD, pipeline_bubble, rank_of_stage
+from megascale.config.layout import SPLIT_BACKWARD, pipeline_bubble
 from megascale.config.size import end_width
 from megascale.model.loss import CHUNK
-from megascale.parallel.zero_traffic import BUCKET, MOST_LIVE
 from megascale.plan.cluster import Cluster
-from megascale.plan.costs import Group, collective_seconds, group, pass_seconds, product_seconds, send_seconds
+from megascale.plan.costs import BACKWARD, collective_seconds, group, pass_seconds, product_seconds
 from megascale.plan.cut import LayerKind
+from megascale.plan.engine import between_stages, engine_seconds, optimizer_seconds
 from megascale.plan.rank import Plan
 
 EAGER = 3.0
 """Bytes that element-wise parts move without torch.compile, over those with it: intermediate results go through memory."""
-BACKWARD = 2.0
-"""A backward pass over the forward pass: the gradients of two factors."""
 ATTENTION_BACKWARD = 2.5
 """Of fused attention, which computes the scores again (arXiv 2307.08691, section 3.1.2)."""
 
@@ -108,12 +106,12 @@ def step_time(plan: Plan, cluster: Cluster, imbalance: float = 1.0) -> StepTime:
     binding = max(ranks, key=lambda rank: sum(ranks[rank]))
     parts, m = ranks[binding], plan.micro_batches
     compute = parts.products + parts.attention + parts.experts + parts.passes + parts.recompute
-    pp = m * _between_stages(plan, cluster, binding)
+    pp = m * between_stages(plan, cluster, binding)
     busy = m * sum(parts) + pp
     bubble = pipeline_bubble(plan.config.parallel, m) if plan.pp > 1 else 0.0
     waits = busy * bubble / (1 - bubble)
-    dp = _engine(plan, cluster, binding, compute)
-    optimizer = _optimizer(plan, cluster, binding)
+    dp = engine_seconds(plan, cluster, binding, compute)
+    optimizer = optimizer_seconds(plan, cluster, binding)
     straggle = cluster.efficiency.straggle * (busy + waits) * (plan.dp > 1 and plan.world > cluster.devices_per_node)
     per_step = {name: m * part for name, part in parts._asdict().items()}
     return StepTime(**per_step, pp=pp, dp=dp, optimizer=optimizer, bubble=waits, straggle=straggle)
@@ -262,63 +260,3 @@ def _end_parts(plan: Plan, cluster: Cluster) -> Parts:
         stream += collective_seconds(cluster, "reduce-scatter", 4 * volume / e, members, 1)  # for streams/correlation, fp32
     tensor = collective_seconds(cluster, "all-gather", 2 * tokens * ends * e, group(cluster, plan.tp, 1), 2)
     return Parts(products=products, passes=pass_seconds(cluster, moved, 8), tp=tensor, stream=stream)
-
-
-# Between stages, behind the step ------------------------------------------------------------------------------------------
-
-
-def _between_stages(plan: Plan, cluster: Cluster, rank: int) -> float:
-    """What a pipeline rank waits for of its states and gradients, for one micro-batch: each border costs it one message."""
-    if plan.pp == 1:
-        return 0.0
-    stages, last = plan.stages_of(rank), plan.stage_count - 1
-    size = plan.tokens / plan.tp * plan.streams * plan.model.altup.blocks * plan.model.width * plan.element_bytes
-    parallel = plan.config.parallel
-    neighbours = [near for stage in stages for near in (stage - 1, stage + 1) if 0 <= near <= last]
-    messages = sum(rank_of_stage(near, parallel) != rank for near in neighbours)
-    return messages * send_seconds(cluster, size, plan.layout.step("pp"))
-
-
-def _data_groups(plan: Plan, cluster: Cluster) -> tuple[Group, Group]:
-    """The ranks that sum the gradients of what all data ranks hold, and of experts."""
-    experts = group(cluster, plan.expert_shards, plan.ep * plan.etp)
-    return group(cluster, plan.data_shards, plan.tp), experts
-
-
-def _engine(plan: Plan, cluster: Cluster, rank: int, compute: float) -> float:
-    """Gradients and weights that are waited for; `compute` is a micro-batch's computation.
-
-    ZeRO 1 and 2 all-reduce fp32 gradients and gather the new weights (DeepSpeed's default); ZeRO 3 reduce-scatters gradients, and gathers
-    weights beside the computation: once a step, or for each forward and backward pass where they are too many to stay.
-    """
-    elements, e = plan.rank_elements(rank), plan.element_bytes
-    dense, routed = elements.total - elements.experts, elements.experts
-    rows = tuple(zip((dense, routed), _data_groups(plan, cluster), strict=True))
-    kind = "reduce-scatter" if plan.zero == 3 else "all-reduce"
-    gradients = sum(collective_seconds(cluster, kind, 4.0 * count, members, -(-count // BUCKET)) for count, members in rows)
-    if plan.pp == 1:  # beside the backward pass of the last micro-batch
-        last_bucket = gradients * min(1.0, BUCKET / max(elements.total, 1))
-        backward = compute * BACKWARD / (1 + BACKWARD)
-        gradients = max(last_bucket, gradients - cluster.efficiency.overlap * min(backward, gradients))
-    if plan.zero == 0:
-        return gradients
-    weights = sum(collective_seconds(cluster, "all-gather", float(e * count), members) for count, members in rows)
-    if plan.zero < 3:
-        return gradients + weights
-    if elements.total > MOST_LIVE:
-        weights *= 2 * plan.micro_batches
-    return gradients + weights - cluster.efficiency.overlap * min(weights, plan.micro_batches * compute)
-
-
-def _optimizer(plan: Plan, cluster: Cluster, rank: int) -> float:
-    """The norm of all gradients, the update of this rank's part, and gradients set to zero. Muon: its products on whole matrices."""
-    elements, muon = plan.rank_elements(rank), plan.config.optimizer.muon
-    shards, expert_shards = (plan.data_shards, plan.expert_shards) if plan.zero else (1, 1)
-    mine = (elements.total - elements.experts) / shards + elements.experts / expert_shards
-    seconds = pass_seconds(cluster, 8.0 * elements.total + (28 + plan.element_bytes) * mine, 4)
-    if plan.config.optimizer.name == "muon":
-        iterations = muon.iterations if muon is not None else 5
-        matrices = elements.matrices / shards + elements.experts / expert_shards
-        flops = iterations * 6.0 * plan.model.width * matrices  # two products with the matrix, one of its square, per iteration
-        seconds += flops / (cluster.peak_flops * cluster.efficiency.matmul)
-    return seconds
