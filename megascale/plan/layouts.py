@@ -273,7 +273,8 @@ def describe(config: Config, gpus: int) -> str:
         stages = f" x {parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""
         axes.append(f"{parallel.schedule}{stages}")
     sequences = config.batch.sequences // config.batch.micro_batches // (parallel.dp or 1)
-    axes.append(f"{config.batch.micro_batches} micro-batches of {sequences} a rank")
+    several = "es" * (config.batch.micro_batches > 1)
+    axes.append(f"{config.batch.micro_batches} micro-batch{several} of {sequences} a rank")
     axes.append(f"ZeRO {parallel.zero_stage}")
     if parallel.recompute != "none":
         axes.append(f"recompute {parallel.recompute}")
