@@ -75,6 +75,12 @@ def pipeline_bubble(parallel: Parallel, micro_batches: int) -> float:
     (p-1) (F + B - W), B the backward pass for the inputs). zbv: p-1, which is the wait for the first micro-batch (section 6 there counts
     none, because the next step may begin in it; here the gradient norm is waited for). dualpipev: 2 (p-1) (DeepSeek's DualPipe,
     README: (s/2 - 1) (F&B + B - 3W), s = 2p stages, F&B = 3W where nothing overlaps, and B the whole backward pass there).
+
+    These are of schedules with work for all ranks, which fewer micro-batches than ranks are not: the first of these takes p through the v
+    stages of each rank, the others follow 1/v apart, in units of a rank's work for one; of p + (m-1)/v it works m.
     """
     waits = {"1f1b": 3, "interleaved": 3, "zero_bubble": 1, "zbv": 1, "dualpipev": 2}[parallel.schedule] * (parallel.pp - 1)
-    return waits / (3 * micro_batches * stages_per_rank(parallel) + waits)
+    stages = stages_per_rank(parallel)
+    share = waits / (3 * micro_batches * stages + waits)
+    few = 1 - micro_batches / (parallel.pp + (micro_batches - 1) / stages)
+    return share if micro_batches >= parallel.pp else max(share, few)

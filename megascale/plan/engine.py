@@ -5,24 +5,11 @@ e bytes of an element.
 
 from __future__ import annotations
 
-from megascale.config.layout import pipeline_bubble, rank_of_stage, stages_per_rank
+from megascale.config.layout import rank_of_stage
 from megascale.parallel.zero_traffic import BUCKET, MOST_LIVE
 from megascale.plan.cluster import Cluster
 from megascale.plan.costs import BACKWARD, Group, collective_seconds, group, pass_seconds, send_seconds
 from megascale.plan.rank import Plan
-
-
-def waiting_share(plan: Plan) -> float:
-    """The share of a step in which a rank of the pipeline waits.
-
-    `pipeline_bubble` is of schedules with work for all ranks, which fewer micro-batches m than ranks p are not. The first of these takes p
-    through the v stages of each rank, the others follow 1/v apart, in units of a rank's work for one: of p + (m-1)/v it works m.
-    """
-    if plan.pp == 1:
-        return 0.0
-    m, parallel = plan.micro_batches, plan.config.parallel
-    bubble = pipeline_bubble(parallel, m)
-    return bubble if m >= plan.pp else max(bubble, 1 - m / (plan.pp + (m - 1) / stages_per_rank(parallel)))
 
 
 def between_stages(plan: Plan, cluster: Cluster, rank: int) -> float:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from megascale.config.errors import InputError
-from megascale.config.layout import SPLIT_BACKWARD
+from megascale.config.layout import SPLIT_BACKWARD, pipeline_bubble
 from megascale.config.size import end_width
 from megascale.model.loss import CHUNK
 from megascale.plan.cluster import Cluster
 from megascale.plan.costs import BACKWARD, collective_seconds, group, pass_seconds, product_seconds
 from megascale.plan.cut import LayerKind
-from megascale.plan.engine import between_stages, engine_seconds, optimizer_seconds, waiting_share
+from megascale.plan.engine import between_stages, engine_seconds, optimizer_seconds
 from megascale.plan.rank import Plan
 
 EAGER = 3.0
@@ -108,7 +108,7 @@ def step_time(plan: Plan, cluster: Cluster, imbalance: float = 1.0) -> StepTime:
     compute = parts.products + parts.attention + parts.experts + parts.passes + parts.recompute
     pp = m * between_stages(plan, cluster, binding)
     busy = m * sum(parts) + pp
-    bubble = waiting_share(plan)
+    bubble = pipeline_bubble(plan.config.parallel, plan.micro_batches) if plan.pp > 1 else 0.0
     waits = busy * bubble / (1 - bubble)
     dp = engine_seconds(plan, cluster, binding, compute)
     optimizer = optimizer_seconds(plan, cluster, binding)

@@ -237,7 +237,7 @@ def test_layouts_that_fit_pass_in_silence(tmp_path: Path, text: str, world: int)
     [
         (
             "parallel: {pp: 4, schedule: interleaved, virtual_stages: 2}\nmodel: {layers: 8}",
-            "parallel.pp: pp 4 with 1 micro-batches x 2 stages a rank: ranks wait 60% of the time",
+            "parallel.pp: pp 4 with 1 micro-batches x 2 stages a rank: ranks wait 75% of the time",
         ),
         (TWO_MICRO_BATCHES + "parallel: {pp: 2, zero_stage: 2}", "parallel.zero_stage: 2 saves no memory over 1 with a pipeline"),
     ],
