@@ -183,7 +183,13 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("name, target, number, code, cause", ENDINGS.values(), ids=ENDINGS)
+@pytest.mark.parametrize(
+    "name, target, number, code, cause",
+    [
+        pytest.param(*ending, id=name, marks=[pytest.mark.full] * (name == "TERM to deepspeed"))
+        for name, ending in ENDINGS.items()
+    ],
+)
 def test_a_signal_to_any_part_of_a_launcher_saves_the_run_and_leaves_nobody(
     config: Path, name: str, target: Callable[[subprocess.Popen[str]], int], number: int, code: int, cause: str
 ) -> None:
