@@ -1,0 +1,261 @@
+"""The search over axes: for a budget and limits at inference, which N, D, P, E, k and K the laws prefer, and how far they disagree.
+
+N parameters a token passes, D tokens, P streams, E experts, k per token, K blocks. One design is dominated by another that needs no more
+memory and no more time at inference and has no larger loss by any law. Designs are ranked by the compute multiplier C_dense/C: FLOPs that the best dense
+shape with fresh tokens needs for the loss, over the budget, by the same law; its median over the laws is the score: no single law decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megascale.config.errors import InputError
+from megascale.laws.form import Array
+from megascale.plan.axis_candidates import Axes, Table, Workload, candidates, dense_table
+from megascale.plan.cluster import Cluster
+from megascale.plan.hypothesis import Base, Effective, bases, effective, loss_range, routed_factors, stream_factors
+
+_CURVE = np.logspace(-3, 3, 181)
+"""budgets, relative, at which the best dense loss is known"""
+BINDS = 1.02
+"""a limit binds when twice of it is worth this much compute"""
+REASONS = ("memory", "latency", "budget", "fits")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What deployment and data allow."""
+
+    memory: float
+    """bytes at inference"""
+    latency: float = np.inf
+    """seconds of a new token at batch 1"""
+    unique: float = np.inf
+    """training tokens that differ; more are repetitions"""
+    served: float = 0.0
+    """tokens served, which the FLOPs pay for too"""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one law says of all candidates."""
+
+    base: Base
+    ratio: Effective
+    """N_eff/N"""
+    loss: Array
+    low: Array
+    high: Array
+    multiplier: Array
+    """C_dense/C at the middle, and at the ends"""
+    multiplier_low: Array
+    multiplier_high: Array
+
+
+@dataclass(frozen=True)
+class AxisSearch:
+    """Candidates, what the laws say, and what is left."""
+
+    flops: float
+    device: Cluster
+    limits: Limits
+    work: Workload
+    axes: Axes
+    table: Table
+    tokens: Array
+    judged: tuple[Judged, ...]
+    fits: NDArray[np.bool_]
+    reason: NDArray[np.str_]
+    """why it is left out: memory, latency, budget; or fits"""
+    front: NDArray[np.intp]
+    dominator: NDArray[np.intp]
+    """a design that dominates; -1 = none, or left out before"""
+    gains: Mapping[str, float]
+    """limit -> compute that twice of it is worth, as a factor of the score"""
+    break_even: tuple[float, float] | None
+    """a_K from which on two blocks pay, by the law that asks least and the one that asks most; none = not tried"""
+
+    @property
+    def score(self) -> Array:
+        """Median of the compute multiplier over the laws."""
+        return score(self.judged)
+
+    def best(self, chosen: NDArray[np.bool_] | None = None) -> int | None:
+        """The design of the highest score among those that fit."""
+        mask = self.fits if chosen is None else self.fits & chosen
+        return int(np.flatnonzero(mask)[np.nanargmax(self.score[mask])]) if mask.any() else None
+
+    @property
+    def binds(self) -> list[str]:
+        """The limits whose relaxation pays, beside the budget, most first."""
+        names = sorted((name for name in self.gains if name != "flops"), key=lambda name: -self.gains[name])
+        return [name for name in names if self.gains[name] >= BINDS]
+
+
+def score(judged: tuple[Judged, ...]) -> Array:
+    """Median of the compute multiplier over the laws."""
+    return np.exp(np.median([np.log(one.multiplier) for one in judged], axis=0))
+
+
+def search_axes(
+    flops: float,
+    device: Cluster,
+    limits: Limits,
+    axes: Axes | None = None,
+    work: Workload | None = None,
+    blocks_worth: Mapping[int, float] | None = None,
+    draws: int = 100,
+) -> AxisSearch:
+    """Compare all candidates.
+
+    Args:
+        flops: of training, and of serving `limits.served` tokens.
+        blocks_worth: a_K by K; 1 where not given.
+        draws: refits for the intervals that can be had; 0 = none.
+
+    Raises:
+        InputError: a budget or limit that is no positive number, a budget that trains no shape or cannot pay for serving, limits that nothing fits.
+    """
+    axes, work = axes or Axes(), work or Workload()
+    _refuse_senseless(flops, limits)
+    dense = dense_table(work, device)
+    table = candidates(flops, limits.memory, axes, work, device, dense)
+    laws = bases(draws)
+    worth = np.array([(blocks_worth or {}).get(int(count), 1.0) for count in table.sizes.blocks])
+    streams, routed = stream_factors(table.sizes, draws), routed_factors(table.sizes)
+    ratios = {base.name: effective(streams, () if base.knows_experts else routed, worth) for base in laws}
+    tokens = _tokens(flops, table, limits)
+    judged = tuple(_judge(base, ratios[base.name], table, dense, flops, tokens, limits.unique) for base in laws)
+    reason = _reasons(table, tokens, limits)
+    fits = reason == "fits"
+    if not fits.any():
+        raise _nothing_fits(table, tokens, limits)
+    objectives = np.stack([table.memory, table.latency, *(one.loss for one in judged)], axis=1)
+    dominator = _dominators(objectives, fits)
+    front = np.flatnonzero(fits & (dominator < 0))
+    gains = _gains(flops, limits, table, judged, dense)
+    found = AxisSearch(flops, device, limits, work, axes, table, tokens, judged, fits, reason, front, dominator, gains, None)
+    return replace(found, break_even=_break_even(found))
+
+
+def _refuse_senseless(flops: float, limits: Limits) -> None:
+    for option, value, low in (
+        ("--flops", flops, 0.0), ("--memory", limits.memory, 0.0), ("--latency", limits.latency, 0.0), ("--unique", limits.unique, 0.0),
+    ):  # fmt: skip
+        if not value > low or (option in ("--flops", "--memory") and not np.isfinite(value)):
+            raise InputError(option, f"{value:g} is no positive number", "give for example --flops 1e22 --memory 24GiB")
+    if not 0 <= limits.served < np.inf:
+        raise InputError("--served", f"{limits.served:g} is no number of tokens", "give for example 1e12, or leave it out")
+
+
+def _tokens(flops: float, table: Table, limits: Limits) -> Array:
+    """D of each candidate: what serving leaves, over the FLOPs of a training token."""
+    return np.maximum(flops - limits.served * table.serve, 0.0) / table.train
+
+
+def _judge(base: Base, ratio: Effective, table: Table, dense: Table, flops: float, tokens: Array, unique: float) -> Judged:
+    enough = np.maximum(tokens, 1.0)
+    middle, low, high = loss_range(base, table.sizes, ratio, enough, unique)
+    budgets, losses = _dense_curve(base, dense, flops)
+    multiplier, least, most = (_budget_for(loss, budgets, losses) / flops for loss in (middle, high, low))
+    return Judged(base, ratio, middle, low, high, multiplier, least, most)
+
+
+def _dense_curve(base: Base, dense: Table, flops: float) -> tuple[Array, Array]:
+    """Budgets, and the loss of the best dense shape with fresh tokens at each."""
+    budgets = flops * _CURVE
+    ones = np.ones(len(dense))
+    losses = [float(base.loss(dense.sizes.parameters, budget / dense.train, ones, np.inf).min()) for budget in budgets]
+    return budgets, np.array(losses)
+
+
+def _budget_for(loss: Array, budgets: Array, losses: Array) -> Array:
+    """The dense budget for a loss; the curve's ends where it lies beyond them."""
+    return np.exp(np.interp(-loss, -losses, np.log(budgets)))
+
+
+def _reasons(table: Table, tokens: Array, limits: Limits) -> NDArray[np.str_]:
+    reason = np.full(len(table), "fits", dtype="<U8")
+    reason[table.latency > limits.latency] = "latency"
+    reason[table.memory > limits.memory] = "memory"
+    reason[tokens < table.sizes.parameters] = "budget"
+    return reason
+
+
+def _nothing_fits(table: Table, tokens: Array, limits: Limits) -> InputError:
+    trained = tokens >= table.sizes.parameters
+    if not trained.any():
+        reason = f"serving {limits.served:.3g} tokens leaves no design as many training tokens as parameters"
+        return InputError("--served", reason, "raise --flops, or serve fewer tokens")
+    small = trained & (table.memory <= limits.memory)
+    if not small.any():
+        least = float(table.memory[trained].min())
+        name = table.models[int(np.flatnonzero(trained)[np.argmin(table.memory[trained])])].name
+        reason = f"{limits.memory / 2**30:.3g} GiB hold no design that the budget trains sensibly"
+        return InputError(
+            "--memory", reason, f"the smallest, {name}, needs {least / 2**30:.3g} GiB; or lower --context or --flops"
+        )
+    fastest = float(table.latency[small].min())
+    reason = f"no design that fits the memory needs only {limits.latency * 1e3:.3g} ms a token"
+    return InputError("--latency", reason, f"the fastest needs {fastest * 1e3:.3g} ms; raise it, or use a faster device")
+
+
+def _dominators(objectives: Array, fits: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """For each design one that is as good in all objectives and better in one; -1 where there is none."""
+    found = np.full(len(objectives), -1)
+    index = np.flatnonzero(fits)
+    points = objectives[index]
+    for place, point in zip(index, points, strict=True):
+        better = np.all(points <= point, axis=1) & np.any(points < point, axis=1)
+        if better.any():
+            found[place] = index[np.flatnonzero(better)[np.argmin(points[better, 2:].sum(axis=1))]]
+    return found
+
+
+def _gains(flops: float, limits: Limits, table: Table, judged: tuple[Judged, ...], dense: Table) -> dict[str, float]:
+    """What twice of each limit is worth in compute: the best score then over the best score now."""
+
+    def best(budget: float, allowed: Limits) -> float:
+        tokens = _tokens(budget, table, allowed)
+        fits = _reasons(table, tokens, allowed) == "fits"
+        again = tuple(_judge(one.base, one.ratio, table, dense, flops, tokens, allowed.unique) for one in _without_draws(judged))
+        return float(np.max(score(again)[fits]))
+
+    now = best(flops, limits)
+    relaxed = {"flops": best(2 * flops, limits) / now}
+    for name in ("memory", "latency", "unique"):
+        if np.isfinite(getattr(limits, name)):
+            relaxed[name] = best(flops, replace(limits, **{name: 2 * getattr(limits, name)})) / now
+    if limits.served:
+        relaxed["served"] = best(flops, replace(limits, served=limits.served / 2)) / now
+    return relaxed
+
+
+def _without_draws(judged: tuple[Judged, ...]) -> list[Judged]:
+    return [replace(one, base=replace(one.base, draws=())) for one in judged]
+
+
+def _break_even(found: AxisSearch) -> tuple[float, float] | None:
+    """a_K at which the best design with one block and its twin with two have one loss, by each law; the twin trains on fewer tokens."""
+    blocks = found.table.sizes.blocks
+    best = found.best(blocks == 1)
+    if best is None or not (blocks == 2).any():
+        return None
+    plain = found.table.models[best].name
+    twin = next((i for i, one in enumerate(found.table.models) if one.name == plain[:-1] + "2"), None)
+    if twin is None:
+        return None
+    sizes, tokens = found.table.sizes.at(twin), found.tokens[[twin]]
+    needed = []
+    for one in found.judged:
+        n, low, high = sizes.parameters * one.ratio.middle[twin], 0.5, 4.0
+        for _ in range(50):
+            middle = np.sqrt(low * high)
+            above = one.base.loss(n * middle, tokens, sizes.expansion, found.limits.unique)[0] > one.loss[best]
+            low, high = (middle, high) if above else (low, middle)
+        needed.append(float(high))
+    return min(needed), max(needed)
