@@ -133,7 +133,8 @@ def _short(found: AxisSearch, index: int) -> dict[str, Any]:
 
 def _row(found: AxisSearch, index: int, draws: int) -> dict[str, Any]:
     one, sizes, tokens = found.table.models[index], found.table.sizes.at(index), float(found.tokens[index])
-    by_law, outside = {}, {}
+    by_law: dict[str, dict[str, Any]] = {}
+    outside: dict[str, list[str]] = {}
     for judged in found.judged:
         ratio = judged.ratio
         by_law[judged.base.name] = {
@@ -284,10 +285,11 @@ def _by_law(row: dict[str, Any]) -> Iterator[str]:
     yield f"  {'law':<15}{'loss':<24}{'N_eff/N':<14}C_dense/C"
     for law, said in row["by_law"].items():
         flag = f"OUT OF RANGE: {', '.join(row['out_of_range'][law])}" if law in row["out_of_range"] else ""
+        low, high = said["compute_multiplier_range"]
         least, _, most = said["N_eff/N"]
         loss = _ranged(said["loss"], said["low"], said["high"], 3)
-        worth = f"{least:.2f} to {most:.2f}" if most > least else "1"
-        multiplier = _ranged(said["compute_multiplier"], *said["compute_multiplier_range"], 2)
+        worth = f"{least:.2f} to {most:.2f}" if most > 1.001 * least else f"{most:.2f}"
+        multiplier = _ranged(said["compute_multiplier"], low, high, 2)
         yield f"  {law:<15}{loss:<24}{worth:<14}{multiplier:<20}{flag}".rstrip()
     for names in (tuple(STREAM_LAWS), ROUTED_LAWS):
         values = {name: row["factors"][name] for name in names}
@@ -334,7 +336,7 @@ def _closing(facts: dict[str, Any]) -> Iterator[str]:
     for name, design in facts["disagreement"]["choice"].items():
         yield f"  {name:<14} {design}"
     yield "intervals"
-    yield "  [?] above: no interval is published. The others hold the spread of the factors' laws and what is said here; never that of the forms"
+    yield "  [?] above: no interval is published. The others span the factors' laws and what is said here; no form's own error"
     groups: dict[str, list[str]] = {}
     for law in facts["laws"]:
         groups.setdefault(law["interval"], []).append(law["law"])

@@ -1,8 +1,9 @@
 """The search over axes: for a budget and limits at inference, which N, D, P, E, k and K the laws prefer, and how far they disagree.
 
-N parameters a token passes, D tokens, P streams, E experts, k per token, K blocks. One design is dominated by another that needs no more
-memory and no more time at inference and has no larger loss by any law. Designs are ranked by the compute multiplier C_dense/C: FLOPs that the best dense
-shape with fresh tokens needs for the loss, over the budget, by the same law; its median over the laws is the score: no single law decides.
+N parameters a token passes, D tokens, P streams, E experts, k per token, K blocks. One design is dominated by another
+that needs no more memory and no more time at inference and has no larger loss by any law. Designs are ranked by the compute multiplier
+C_dense/C: FLOPs that the best dense shape with fresh tokens needs for the loss, over the budget, by the same law; its median over the laws
+is the score, so that no single law decides.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ def search_axes(
         draws: refits for the intervals that can be had; 0 = none.
 
     Raises:
-        InputError: a budget or limit that is no positive number, a budget that trains no shape or cannot pay for serving, limits that nothing fits.
+        InputError: a budget or limit that is no positive number, a budget that trains no shape or cannot pay for serving, limits that
+            nothing fits.
     """
     axes, work = axes or Axes(), work or Workload()
     _refuse_senseless(flops, limits)

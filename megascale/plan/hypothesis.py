@@ -30,6 +30,7 @@ HYPOTHESIS = (
 CAVEATS = (
     "a_K = 1: no law of blocks (AltUp) is published; fit it to runs of yours",
     "the product of the factors is a hypothesis: no published run has streams and experts together",
+    "the factors are taken to hold at every D: they were measured at 42B tokens (streams) and at 130B (experts)",
     "Nbar/N is taken at E/k experts, where E = k is a dense model; the laws of equation 1 know k = 1 only",
     "training FLOPs are exact counts of each shape (model/accounting.py), not 6 N D",
     "losses of different laws are not comparable: corpora differ. Compare N_eff/N, the compute multiplier and the allocation",
