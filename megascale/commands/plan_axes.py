@@ -88,7 +88,7 @@ def main_lines(arguments: argparse.Namespace) -> Iterator[str]:
     Raises:
         InputError: senseless, missing or unread values, an unknown device, a budget or limits that nothing fits.
     """
-    from megascale.plan.axis_report import axis_lines
+    from megascale.plan.axis_text import axis_lines
     from megascale.plan.compute_limits import compute_only_lines
 
     facts = facts_of(arguments)
@@ -122,6 +122,8 @@ def _refuse_unread(arguments: argparse.Namespace) -> None:
     for name, default in _OF_LAYOUTS.items():
         if getattr(arguments, name, default) != default:
             raise InputError(_option(name), "is not read by the search over axes", "leave it out, or plan layouts without `axes`")
+    if more := [word for word in getattr(arguments, "overrides", ()) if word != "axes"]:
+        raise InputError(more[0], "is not read by the search over axes", "it has no run whose settings could change")
     for name in _NOT_WITH_LAW:
         if arguments.law and getattr(arguments, name) is not None:
             raise InputError(_option(name), f"is not read with --law {arguments.law}", "leave one of them out")

@@ -1,4 +1,4 @@
-"""The search over axes as plain values, and as lines for people. Every result carries the hypothesis it rests on."""
+"""The search over axes as plain values. Every result carries the hypothesis it rests on."""
 
 from __future__ import annotations
 
@@ -8,23 +8,19 @@ from typing import Any
 import numpy as np
 
 from megascale.laws.registry import law_named
-from megascale.observe.console import format_count
 from megascale.plan.axis_search import REASONS, AxisSearch
 from megascale.plan.hypothesis import (
     CAVEATS,
     HYPOTHESIS,
-    ROUTED_LAWS,
-    STREAM_LAWS,
     out_of_range,
     routed_factors,
     stream_factors,
 )
 from megascale.plan.inference import Request, memory
 
-GIB = 2**30
 LADDER = (2, 4, 8)
 """the best design within the memory limit over each of these is shown too"""
-_AXES = {"P": "streams", "E": "experts", "k": "per_token", "K": "blocks"}
+AXES = {"P": "streams", "E": "experts", "k": "per_token", "K": "blocks"}
 _EQUAL = 1.005
 """scores within this factor are not told apart"""
 
@@ -181,7 +177,7 @@ def _axis_values(found: AxisSearch) -> Iterator[dict[str, Any]]:
     """For each value of each axis its best design, and why it is not chosen."""
     best = found.best()
     assert best is not None
-    for symbol, field in _AXES.items():
+    for symbol, field in AXES.items():
         column = getattr(found.table.sizes, field)
         for value in sorted({int(value) for value in column}):
             mask = column == value
@@ -232,116 +228,3 @@ def _disagreement(found: AxisSearch) -> dict[str, Any]:
         values = [float(design[key]) for design in designs.values()]
         ranges[key] = [min(values), max(values)]
     return {"choice": {name: design["name"] for name, design in designs.items()}, "ranges": ranges}
-
-
-# Text ---------------------------------------------------------------------------------------------------------------------
-
-
-def axis_lines(facts: dict[str, Any], details: int = 3) -> Iterator[str]:
-    """The report for people; law by law for the first designs only."""
-    yield from _head(facts)
-    yield from _designs(facts, details)
-    yield from _axes_lines(facts)
-    yield from _closing(facts)
-
-
-def _head(facts: dict[str, Any]) -> Iterator[str]:
-    budget, limits, work = facts["budget"], facts["limits"], facts["workload"]
-    bounds = [f"{limits['memory'] / GIB:.3g} GiB"]
-    if limits["latency"] is not None:
-        bounds.append(f"{limits['latency'] * 1e3:.3g} ms a token")
-    if limits["unique"] is not None:
-        bounds.append(f"{format_count(limits['unique'])} unique tokens")
-    served = f", {format_count(budget['served_tokens'])} served tokens included" if budget["served_tokens"] else ""
-    yield f"axes for {budget['flops']:.3g} FLOPs{served}; {', '.join(bounds)}; {facts['device']}, context {work['context']:,}, batch 1"
-    for number, line in enumerate(facts["hypothesis"]):
-        yield f"{'hypothesis' if not number else '':<11} {line}"
-    tried = facts["candidates"]
-    left = f"{tried['memory']} over the memory, {tried['latency']} over the latency, {tried['budget']} with D < N"
-    yield f"candidates  {tried['tried']:,}: {left}; {tried['fits']} fit, {facts['dominated']} dominated, {len(facts['front'])} on the front"
-    binds = ", ".join(facts["binds"]) or "nothing but the budget"
-    worth = ", ".join(f"{name} x{gain:.2f}" for name, gain in facts["worth_of_twice"].items())
-    half = " (served: of half)" if "served" in facts["worth_of_twice"] else ""
-    yield f"binds       {binds}; worth of twice the limit in compute{half}: {worth}"
-
-
-def _designs(facts: dict[str, Any], details: int) -> Iterator[str]:
-    yield ""
-    yield f"{'design':<30}{'N':>7}{'all':>7}{'D':>7}{'D/N':>6}{'GiB':>6}{'ms/token':>9}{'score':>7}  why it is shown"
-    for row in facts["designs"]:
-        yield (
-            f"{row['name']:<30}{format_count(row['N']):>7}{format_count(row['parameters']):>7}{format_count(row['D']):>7}"
-            f"{row['tokens_per_parameter']:>6.0f}{row['memory_bytes'] / GIB:>6.1f}{row['latency_seconds'] * 1e3:>9.1f}"
-            f"{row['score']:>7.2f}  {'; '.join(row['roles'])}"
-        )
-    yield "score: median over the laws of the compute multiplier C_dense/C; N: what a token passes; all: all parameters"
-    yield ""
-    for row in facts["designs"][:details]:
-        yield from _by_law(row)
-
-
-def _by_law(row: dict[str, Any]) -> Iterator[str]:
-    yield f"{row['name']}: {row['training_flops']:.3g} training FLOPs, prompt {row['prefill_seconds']:.2g} s"
-    yield f"  {'law':<15}{'loss':<24}{'N_eff/N':<14}C_dense/C"
-    for law, said in row["by_law"].items():
-        flag = f"OUT OF RANGE: {', '.join(row['out_of_range'][law])}" if law in row["out_of_range"] else ""
-        low, high = said["compute_multiplier_range"]
-        least, _, most = said["N_eff/N"]
-        loss = _ranged(said["loss"], said["low"], said["high"], 3)
-        worth = f"{least:.2f} to {most:.2f}" if most > 1.001 * least else f"{most:.2f}"
-        multiplier = _ranged(said["compute_multiplier"], low, high, 2)
-        yield f"  {law:<15}{loss:<24}{worth:<14}{multiplier:<20}{flag}".rstrip()
-    for names in (tuple(STREAM_LAWS), ROUTED_LAWS):
-        values = {name: row["factors"][name] for name in names}
-        if any(ends[1] != 1 for ends in values.values()):
-            yield "  " + "; ".join(_factor(name, ends, row["out_of_range"].get(name)) for name, ends in values.items())
-    if row["leverage"]:
-        said = row["leverage"]
-        flag = f" (OUT OF RANGE: {', '.join(said['out_of_range'])})" if said["out_of_range"] else ""
-        yield f"  {said['law']}: the experts alone C_dense/C {said['compute_multiplier']:.2f}{flag}"
-
-
-def _ranged(value: float, low: float, high: float, digits: int) -> str:
-    """A number with its interval; without one where nothing is known of it."""
-    return f"{value:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if low < high else " [?]")
-
-
-def _factor(name: str, ends: list[float], outside: list[str] | None) -> str:
-    low, value, high = ends
-    interval = f" [{low:.2f}, {high:.2f}]" if low != high else ""
-    return f"{name} {value:.2f}{interval}{' (OUT OF RANGE: ' + ', '.join(outside) + ')' if outside else ''}"
-
-
-def _axes_lines(facts: dict[str, Any]) -> Iterator[str]:
-    yield ""
-    yield "axis  best design of each value       score/best  why"
-    for row in facts["axes"]:
-        label = f"{row['axis']}={row['value']}"
-        if row["best"] is None:
-            yield f"{label:<6}{'-':<31}{'':>10}  {row['why']}"
-        else:
-            yield f"{label:<6}{row['best']:<31}{row['score_over_best']:>10.2f}  {row['why']}"
-    if facts["break_even_a_K"]:
-        low, high = facts["break_even_a_K"]
-        yield f"K=2 costs few FLOPs: it pays from a_K = {low:.5f} to {high:.5f} on, by law; its memory traffic is not counted"
-
-
-def _closing(facts: dict[str, Any]) -> Iterator[str]:
-    ranges = facts["disagreement"]["ranges"]
-    yield ""
-    said = [f"N {format_count(ranges['N'][0])} to {format_count(ranges['N'][1])}"]
-    said.append(f"D/N {ranges['tokens_per_parameter'][0]:.0f} to {ranges['tokens_per_parameter'][1]:.0f}")
-    said += [f"{axis} {ranges[axis][0]:.0f} to {ranges[axis][1]:.0f}" for axis in _AXES]
-    yield f"the laws' own choices: {', '.join(said)}"
-    for name, design in facts["disagreement"]["choice"].items():
-        yield f"  {name:<14} {design}"
-    yield "intervals"
-    yield "  [?] above: no interval is published. The others span the factors' laws and what is said here; no form's own error"
-    groups: dict[str, list[str]] = {}
-    for law in facts["laws"]:
-        groups.setdefault(law["interval"], []).append(law["law"])
-    for interval, names in groups.items():
-        yield f"  {', '.join(names)}: {interval}"
-    yield "caveats"
-    for caveat in facts["caveats"]:
-        yield f"  {caveat}"

@@ -16,8 +16,9 @@ def parsed(*given):
     parser.add_argument("--cluster")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--gpus", type=int)
+    parser.add_argument("overrides", nargs="*")
     plan_axes.add_arguments(parser)
-    return parser.parse_args(["--cluster", "a100", *given])
+    return parser.parse_args([*given] if "--cluster" in given else [*given, "--cluster", "a100"])
 
 
 def test_lines_and_json_tell_the_same(capsys):
@@ -60,6 +61,7 @@ def test_compute_only_answers_by_the_law():
         (("--flops", "1e20", "--context", "0"), "--context"),
         (("--flops", "1e20", "--draws", "-1"), "--draws"),
         (("--flops", "1e20", "--gpus", "8"), "--gpus"),
+        (("axes", "model.width=64", "--flops", "1e20"), "model.width=64"),
         (("--flops", "1e20", "--json", "--details", "2"), "--details"),
         (("--flops", "1e20", "--law", "compute-only", "--served", "1e12"), "--served"),
         (("--flops", "1e20", "--cluster", "abacus"), "cluster abacus"),

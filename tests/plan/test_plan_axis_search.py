@@ -11,10 +11,11 @@ from megascale.config.schema import Streams
 from megascale.laws.registry import law_named
 from megascale.model import accounting
 from megascale.plan.axis_candidates import Axes, Workload
-from megascale.plan.axis_report import axis_lines, axis_report
+from megascale.plan.axis_report import axis_report
 from megascale.plan.axis_search import Limits, search_axes
+from megascale.plan.axis_text import axis_lines
 from megascale.plan.cluster import load_cluster
-from megascale.plan.hypothesis import HYPOTHESIS
+from megascale.plan.hypothesis import HYPOTHESIS, routed_factors
 
 GIB = 2**30
 BUDGET = 1e21
@@ -82,8 +83,6 @@ def test_a_dense_model_with_one_stream_is_worth_its_parameters(found):
 
 
 def test_as_many_experts_as_are_used_are_a_dense_model(found):
-    from megascale.plan.hypothesis import routed_factors
-
     at = index_of(found, streams=1, experts=16, per_token=2, blocks=1)
     sizes = replace(found.table.sizes.at(at), per_token=np.array([16.0]))
     for factor in routed_factors(sizes):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megascale.model import accounting
 from megascale.plan.inference import SERVER, Request, cache_bytes, memory, weights_read
 from megascale.plan.shapes import shape
 from megascale.plan.stream_serving import PUBLISHED, PUBLISHED_RATIOS, ratios, turning_batch
@@ -44,3 +45,10 @@ def test_one_row_reads_k_experts_and_many_rows_read_all():
     all_weights = memory(model, Request(1, 1)).weights
     assert weights_read(model, 1) < 0.2 * all_weights
     assert weights_read(model, 4096) == pytest.approx(all_weights, rel=0.06)  # the embedding's rows stay
+
+
+def test_every_stream_picks_its_own_experts():
+    one, eight = shape(4, experts=64), shape(4, experts=64, streams=8)
+    expert = 2 * 3 * one.width * one.ffn_width * one.layers // 2
+    more = weights_read(eight) - weights_read(one) - 2 * (accounting.parameters(eight).total - accounting.parameters(one).total)
+    assert more == pytest.approx(expert * (64 * (1 - (63 / 64) ** 8) - 1))
