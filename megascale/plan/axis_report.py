@@ -137,6 +137,7 @@ def _row(found: AxisSearch, index: int, draws: int) -> dict[str, Any]:
             "loss": float(judged.loss[index]),
             "low": float(judged.low[index]),
             "high": float(judged.high[index]),
+            "experts_in_law": judged.base.knows_experts and one.model.experts.count > 1,
             "N_eff/N": [float(ratio.low[index]), float(ratio.middle[index]), float(ratio.high[index])],
             "compute_multiplier": float(judged.multiplier[index]),
             "compute_multiplier_range": [float(judged.multiplier_low[index]), float(judged.multiplier_high[index])],

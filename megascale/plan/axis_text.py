@@ -57,15 +57,16 @@ def _designs(facts: dict[str, Any], details: int) -> Iterator[str]:
 
 def _by_law(row: dict[str, Any]) -> Iterator[str]:
     yield f"{row['name']}: {row['training_flops']:.3g} training FLOPs, prompt {row['prefill_seconds']:.2g} s"
-    yield f"  {'law':<15}{'loss':<24}{'N_eff/N':<14}C_dense/C"
+    yield f"  {'law':<15}{'loss':<24}{'N_eff/N':<24}C_dense/C"
     for law, said in row["by_law"].items():
         flag = f"OUT OF RANGE: {', '.join(row['out_of_range'][law])}" if law in row["out_of_range"] else ""
         low, high = said["compute_multiplier_range"]
         least, _, most = said["N_eff/N"]
         loss = _ranged(said["loss"], said["low"], said["high"], 3)
         worth = f"{least:.2f} to {most:.2f}" if most > 1.001 * least else f"{most:.2f}"
+        worth += ", E inside" if said["experts_in_law"] else ""
         multiplier = _ranged(said["compute_multiplier"], low, high, 2)
-        yield f"  {law:<15}{loss:<24}{worth:<14}{multiplier:<20}{flag}".rstrip()
+        yield f"  {law:<15}{loss:<24}{worth:<24}{multiplier:<20}{flag}".rstrip()
     for names in (tuple(STREAM_LAWS), ROUTED_LAWS):
         values = {name: row["factors"][name] for name in names}
         if any(ends[1] != 1 for ends in values.values()):

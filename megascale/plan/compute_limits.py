@@ -148,34 +148,35 @@ def _offers(plain: Candidate, tokens: float, axes: Axes, work: Workload, device:
     """What each axis multiplies N D by, at most, and what it costs beside the dense shape."""
     step = plain.model.width // STEP
 
-    def grown(**change: int) -> tuple[Sizes, str]:
+    def grown(**change: int) -> tuple[Sizes, str, float]:
         model = shape(step, plain.model.layers // step, vocabulary=work.vocabulary, **change)
         one = candidate(model, work, device)
         cost = f"{one.train / plain.train:.2f} times the FLOPs, {one.memory / plain.memory:.2f} times the memory"
-        return table_of([one]).sizes, cost
+        return table_of([one]).sizes, cost, one.memory
 
     streams, experts, blocks = max(axes.streams), max(axes.experts), max(axes.blocks)
     if streams > 1:
-        sizes, cost = grown(streams=streams)
-        yield _offer(f"P={streams}", _merge(stream_factors(sizes, draws)), cost)
+        sizes, cost, held = grown(streams=streams)
+        yield _offer(f"P={streams}", _merge(stream_factors(sizes, draws)), cost, held)
     if experts > 1:
-        sizes, cost = grown(experts=experts)
-        yield _offer(f"E={experts}", _merge(routed_factors(sizes)), cost)
+        sizes, cost, held = grown(experts=experts)
+        yield _offer(f"E={experts}", _merge(routed_factors(sizes)), cost, held)
     if blocks > 1:
-        yield _offer(f"K={blocks}", (1.0, 1.0), f"{grown(blocks=blocks)[1]}; a_K = 1 until fitted to runs")
+        _, cost, held = grown(blocks=blocks)
+        yield _offer(f"K={blocks}", (1.0, 1.0), f"{cost}; a_K = 1 until fitted to runs", held)
     law = law_named(REPETITION)
     for epochs in EPOCHS:
         inputs = {"D": np.asarray([epochs * tokens]), "U": np.asarray([tokens])}
         worth = float(law.predict("effective_tokens_ratio", inputs)[0]) * epochs
-        yield _offer(f"{epochs:.0f} epochs", (worth, worth), f"{epochs:.2f} times the FLOPs ({REPETITION})")
+        yield _offer(f"{epochs:.0f} epochs", (worth, worth), f"{epochs:.2f} times the FLOPs ({REPETITION})", plain.memory)
 
 
 def _merge(factors: list[Factor]) -> tuple[float, float]:
     return min(float(factor.low[0]) for factor in factors), max(float(factor.high[0]) for factor in factors)
 
 
-def _offer(axis: str, ends: tuple[float, float], cost: str) -> dict[str, Any]:
-    return {"axis": axis, "low": ends[0], "high": ends[1], "cost": cost}
+def _offer(axis: str, ends: tuple[float, float], cost: str, held: float) -> dict[str, Any]:
+    return {"axis": axis, "low": ends[0], "high": ends[1], "cost": cost, "memory_bytes": held}
 
 
 def compute_only_lines(facts: dict[str, Any]) -> Iterator[str]:
@@ -200,10 +201,10 @@ def compute_only_lines(facts: dict[str, Any]) -> Iterator[str]:
     if facts["capped"] is None:
         yield "(b) needs a limit of unique tokens"
         return
-    yield from _capped_lines(facts["capped"])
+    yield from _capped_lines(facts["capped"], facts["memory"])
 
 
-def _capped_lines(capped: dict[str, Any]) -> Iterator[str]:
+def _capped_lines(capped: dict[str, Any], limit: float) -> Iterator[str]:
     base = capped["reached_by"]
     needed = f"N must be {format_count(capped['needed_parameters'])} for {capped['bits_per_character']:.3f} bits"
     yield f"(b) with {format_count(base['D'])} tokens: {needed}"
@@ -216,14 +217,9 @@ def _capped_lines(capped: dict[str, Any]) -> Iterator[str]:
         yield f"    {name}: the loss of its optimum for this budget, on these tokens, needs {said}"
     for offer in capped["offers"]:
         ends = f"{offer['low']:.2f}" + (f" to {offer['high']:.2f}" if offer["high"] > offer["low"] * 1.001 else "")
-        enough = (
-            "closes the gap"
-            if offer["low"] >= capped["gap"]
-            else "may close it"
-            if offer["high"] >= capped["gap"]
-            else "too little"
-        )
-        yield f"    {offer['axis']:<10} N D x {ends:<14} {enough:<16} {offer['cost']}"
+        over = "; over the memory" if offer["memory_bytes"] > limit else ""
+        enough = _enough(offer, capped["gap"])
+        yield f"    {offer['axis']:<10} N D x {ends:<14} {enough:<16} {offer['cost']}{over}"
 
 
 def _enough(offer: dict[str, Any], gap: float) -> str:
