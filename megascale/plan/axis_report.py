@@ -142,7 +142,7 @@ def _row(found: AxisSearch, index: int, draws: int) -> dict[str, Any]:
             "compute_multiplier": float(judged.multiplier[index]),
             "compute_multiplier_range": [float(judged.multiplier_low[index]), float(judged.multiplier_high[index])],
         }
-        outside |= out_of_range(sizes, judged.base, float(ratio.middle[index]), tokens)
+        outside |= out_of_range(sizes, judged.base, float(ratio.middle[index]), tokens, found.limits.unique)
     parts = memory(one.model, Request(found.work.context, 0))
     factors = [*stream_factors(sizes, draws), *routed_factors(sizes)]
     return {

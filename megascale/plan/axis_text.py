@@ -69,7 +69,7 @@ def _by_law(row: dict[str, Any]) -> Iterator[str]:
         yield f"  {law:<15}{loss:<24}{worth:<24}{multiplier:<20}{flag}".rstrip()
     for names in (tuple(STREAM_LAWS), ROUTED_LAWS):
         values = {name: row["factors"][name] for name in names}
-        if any(ends[1] != 1 for ends in values.values()):
+        if any(abs(ends[1] - 1) > 1e-6 for ends in values.values()):  # of axes that the design has
             yield "  " + "; ".join(_factor(name, ends, row["out_of_range"].get(name)) for name, ends in values.items())
     if row["leverage"]:
         said = row["leverage"]

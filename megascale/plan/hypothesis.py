@@ -6,7 +6,7 @@ Constants come from the registry of laws. Nobody has tested the product: single 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -125,9 +125,9 @@ class Base:
                 return self.law.predict("loss", inputs, values or self.values)
             return form_named("chinchilla").evaluate(values or self.values, inputs)
 
-    def outside(self, n: float, d: float, expansion: float) -> list[str]:
+    def outside(self, n: float, d: float, expansion: float, unique: float) -> list[str]:
         """The symbols in which this leaves the range of the law."""
-        inputs = {"N": np.asarray([n]), "D": np.asarray([d]), "E": np.asarray([expansion])}
+        inputs = {name: np.asarray([value]) for name, value in (("N", n), ("D", d), ("E", expansion), ("U", min(d, unique)))}
         if self.law is not None:
             return list(self.law.outside(inputs))
         assert self.box is not None
@@ -198,10 +198,10 @@ def loss_range(base: Base, sizes: Sizes, ratio: Effective, tokens: Array, unique
     return middle, low, high
 
 
-def out_of_range(sizes: Sizes, base: Base, ratio: float, tokens: float) -> dict[str, list[str]]:
+def out_of_range(sizes: Sizes, base: Base, ratio: float, tokens: float, unique: float) -> dict[str, list[str]]:
     """Law -> symbols in which one model leaves its range; laws that say nothing of it (dense, one stream) are not asked."""
     assert len(sizes.parameters) == 1
-    flags = {base.name: base.outside(float(sizes.parameters[0] * ratio), tokens, float(sizes.expansion[0]))}
+    flags = {base.name: base.outside(float(sizes.parameters[0] * ratio), tokens, float(sizes.expansion[0]), unique)}
     inner = {"N": sizes.non_embedding, "P": sizes.streams, "E": sizes.expansion, "F": sizes.forward, "B": sizes.utilisation}
     asked: list[str] = [*STREAM_LAWS] if sizes.streams[0] > 1 else []
     if sizes.experts[0] > 1 and not base.knows_experts:
@@ -249,9 +249,3 @@ def _fitted(draws: int) -> Base:
     kept = refits.values if draws else ()
     interval = f"{draws} refits of its {len(table)} runs" if kept else "not asked for"
     return Base(FITTED, "RedPajama (Paloma part), runs of arXiv 2403.08540", values, kept, interval, box=box)
-
-
-def factor_table(sizes: Sizes, draws: int = 100) -> Iterator[tuple[str, Factor]]:
-    """Every factor with its axis."""
-    yield from (("P", factor) for factor in stream_factors(sizes, draws))
-    yield from (("E", factor) for factor in routed_factors(sizes))
