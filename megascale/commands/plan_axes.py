@@ -154,8 +154,12 @@ def _budget(arguments: argparse.Namespace) -> float:
 def _limits(arguments: argparse.Namespace, usable: float) -> Limits:
     from megascale.plan.axis_search import Limits
 
+    memory = usable if arguments.memory is None else _bytes(arguments.memory)
+    if memory > usable:
+        reason = f"{arguments.memory} is more than the {usable / 2**30:.3g} GiB that one device of the cluster has for a model"
+        raise InputError("--memory", reason, "the search knows inference on one device: name a larger one, or give less")
     return Limits(
-        memory=usable if arguments.memory is None else _bytes(arguments.memory),
+        memory=memory,
         latency=math.inf if arguments.latency is None else arguments.latency / 1e3,
         unique=math.inf if arguments.unique is None else arguments.unique,
         served=arguments.served or 0.0,

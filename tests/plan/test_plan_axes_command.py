@@ -55,6 +55,7 @@ def test_compute_only_answers_by_the_law():
         (("--flops", "1e20", "--achieved", "1e14"), "--achieved"),
         (("--gpu-hours", "5"), "--achieved"),
         (("--flops", "1e20", "--memory", "24x"), "--memory"),
+        (("--flops", "1e20", "--memory", "200GiB"), "--memory"),
         (("--flops", "1e20", "--streams", "1,two"), "--streams"),
         (("--flops", "1e20", "--experts", "0"), "--experts"),
         (("--flops", "1e20", "--blocks-worth", "2"), "--blocks-worth"),
