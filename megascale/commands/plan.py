@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megascale.commands import plan_axes
 from megascale.config.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the run with the fastest layout there")
     parser.add_argument("--slurm", type=Path, metavar="FILE", help="with --write: write the run's SLURM job script there")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file; or `axes`")
+    plan_axes.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,6 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         InputError: missing or senseless arguments, an unknown cluster, a run that no layout of the GPUs holds.
     """
+    if arguments.overrides[:1] == ["axes"]:
+        return plan_axes.run(arguments)
+    plan_axes.refuse_axis_options(arguments)
     if arguments.check:
         return _check(arguments)
     for name in ("config", "cluster", "gpus"):
