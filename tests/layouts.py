@@ -31,6 +31,7 @@ CUT_ALL_SETTINGS = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 2000,
+    "reduce_bucket_size": 4096,
 }
 CUT_ALL = f"engine.deepspeed.zero_optimization={json.dumps(CUT_ALL_SETTINGS)}"
 PLAIN = "parallel.zero_stage=0"

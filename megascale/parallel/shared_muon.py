@@ -135,13 +135,20 @@ class ZeroMuonEngine:
     """AdamW's parameters under DeepSpeed's ZeRO, Muon's matrices beside it; one norm, one clipping."""
 
     def __init__(
-        self, model: nn.Module, share: Share, config: OptimizerConfig, mesh: Mesh, stage: int, passthrough: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        share: Share,
+        config: OptimizerConfig,
+        mesh: Mesh,
+        stage: int,
+        passthrough: Mapping[str, Any],
+        overlap: bool,
     ):
         """Arguments as those of `ZeroEngine`; stage 1 or 2."""
         assert stage < 3, "ZeRO 3 cuts matrices"
         self.groups, self.parameters, self.placements = share.groups, share.parameters, share.placements
         matrices, rest = _by_optimizer(share)
-        self.zero = ZeroEngine(model, rest, config, mesh, stage, passthrough)
+        self.zero = ZeroEngine(model, rest, config, mesh, stage, passthrough, overlap)
         self.muon = SharedMuon(matrices, config, mesh)
 
     def begin(self) -> None:
@@ -150,7 +157,8 @@ class ZeroMuonEngine:
         self.zero.begin()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """See `Engine`. Muon's gradients are reduced while the backward pass runs, ZeRO's behind it."""
+        """See `Engine`."""
+        self.zero.expect(last)
         self.muon.backward(loss, last)
 
     def gradient_norm(self) -> float:

@@ -28,7 +28,7 @@ from megascale.parallel.mesh import DATA, Mesh, Ranks
 from megascale.parallel.zero_partition import CutAcross, CutEach, Partition, Segment
 from megascale.parallel.zero_ranges import flat_rectangles
 from megascale.parallel.zero_start import start_deepspeed
-from megascale.parallel.zero_traffic import overlaps, reduction_order
+from megascale.parallel.zero_traffic import reduction_order
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state beside its count of steps."""
@@ -43,13 +43,21 @@ class ZeroEngine:
     """
 
     def __init__(
-        self, model: nn.Module, share: Share, config: OptimizerConfig, mesh: Mesh, stage: int, passthrough: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        share: Share,
+        config: OptimizerConfig,
+        mesh: Mesh,
+        stage: int,
+        passthrough: Mapping[str, Any],
+        overlap: bool,
     ):
         """Args:
         model: holds all of this rank's parameters. With stage 3 they are whole here and cut now.
         share: all its groups are AdamW's. The weights of trained parameters are not kept.
         stage: 1, 2 or 3.
         passthrough: settings for DeepSpeed's config.
+        overlap: reduce gradients while the last backward pass runs, in which each arises once (`zero_traffic.overlaps`).
 
         Raises:
             InputError: DeepSpeed refuses a setting or its version is too old, or no parameter here is trained.
@@ -71,9 +79,9 @@ class ZeroEngine:
             if parameter.dtype != torch.float32:
                 parameter.grad_dtype = torch.float32
         self._find_peers()
-        self._start(model, config, stage, passthrough)
+        self._start(model, config, stage, passthrough, overlap)
         self._adopt(weights)
-        self._order_gradients(overlaps(mesh, passthrough))
+        self._order_gradients(overlap)
 
     def _find_peers(self) -> None:
         """Names of parameters by the ranks whose gradients have to be summed before ZeRO's reduction."""
@@ -113,7 +121,9 @@ class ZeroEngine:
         place, mine = self.mesh.layout.place(rank), self.mesh.place
         return all(place[axis] == mine[axis] for axis in DATA)
 
-    def _start(self, model: nn.Module, config: OptimizerConfig, stage: int, passthrough: Mapping[str, Any]) -> None:
+    def _start(
+        self, model: nn.Module, config: OptimizerConfig, stage: int, passthrough: Mapping[str, Any], overlap: bool
+    ) -> None:
         options: list[dict[str, Any]] = []
         self.option_groups: list[OptimizerGroup] = []
         shards: dict[Ranks, list[nn.Parameter]] = {}
@@ -128,7 +138,7 @@ class ZeroEngine:
             for (_, ranks), members in by_kind.items():
                 options.append({"params": members, "lr": group.lr, "weight_decay": group.weight_decay, "ranks": ranks})
                 self.option_groups.append(group)
-        self.deepspeed = start_deepspeed(model, options, config.betas, config.eps, shards, self.mesh, stage, passthrough)
+        self.deepspeed = start_deepspeed(model, options, config.betas, config.eps, shards, self.mesh, stage, passthrough, overlap)
         weakref.finalize(self, _remove_hooks, self.deepspeed.optimizer._grad_acc_hooks).atexit = False
         names = {id(parameter): name for name, parameter in self.trained.items()}
         self.cut: CutAcross | CutEach
@@ -156,8 +166,12 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See `Engine`."""
-        self.last_micro_batch, self.waiting = last, set(self.order[: self.early])
+        self.expect(last)
         loss.backward()
+
+    def expect(self, last: bool) -> None:
+        """A backward pass is about to run; `last`: of the step."""
+        self.last_micro_batch, self.waiting = last, set(self.order[: self.early])
 
     def _sum_over_holders(self) -> None:
         """Sum gradients over all holders; of the result each rank keeps its partition."""

@@ -19,7 +19,7 @@ from torch import nn
 
 from megascale.config.errors import InputError
 from megascale.parallel.mesh import DATA, Mesh, Ranks
-from megascale.parallel.zero_traffic import BUCKET, overlaps
+from megascale.parallel.zero_traffic import BUCKET
 
 
 class _DataGroup:
@@ -96,7 +96,7 @@ def settings(stage: int, passthrough: Mapping[str, Any], overlap: bool) -> dict[
     taken = [*(given.keys() & ours.keys()), *(f"zero_optimization.{key}" for key in given_zero.keys() & zero.keys())]
     if taken:
         raise InputError(f"engine.deepspeed.{min(taken)}", "megascale's engine depends on its own value", "remove it")
-    defaults = {"reduce_bucket_size": BUCKET, "overlap_comm": overlap}
+    defaults = {"reduce_bucket_size": BUCKET, "overlap_comm": overlap or stage == 3}
     return {**given, **ours, "zero_optimization": {**defaults, **given_zero, **zero}}
 
 
@@ -182,6 +182,7 @@ def start_deepspeed(
     mesh: Mesh,
     stage: int,
     passthrough: Mapping[str, Any],
+    overlap: bool,
 ) -> Any:
     """DeepSpeed's engine over AdamW with one parameter group for each of `options`.
 
@@ -189,6 +190,7 @@ def start_deepspeed(
         options: AdamW's groups, each of one dtype and of parameters with the same `ranks` to shard over (a key of the group).
         shards: the parameters to be sharded over other ranks than the data axes, by those ranks.
         passthrough: the user's DeepSpeed settings.
+        overlap: see `settings`.
 
     Raises:
         InputError: DeepSpeed refuses a setting, or is too old.
@@ -212,7 +214,7 @@ def start_deepspeed(
         ranks = option.pop("ranks")
         option |= {"moe": ranks in names, "name": names.get(ranks, "data")}
     optimizer = torch.optim.AdamW(options, betas=betas, eps=eps, fused=True)
-    config = settings(stage, passthrough, overlaps(mesh, passthrough))
+    config = settings(stage, passthrough, overlap)
     mpu = _DataGroup(data, group)
     try:
         DeepSpeedConfig(dict(config), mpu)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megascale.config.schema import Config
 from megascale.parallel.charge import charged_to
 from megascale.parallel.ledger import Ledger
 from megascale.parallel.mesh import DATA, Mesh, Ranks
@@ -25,11 +26,13 @@ def zero_settings(passthrough: Mapping[str, Any]) -> Mapping[str, Any]:
     return passthrough.get("zero_optimization", {})
 
 
-def overlaps(mesh: Mesh, passthrough: Mapping[str, Any]) -> bool:
+def overlaps(config: Config, mesh: Mesh, stage: int) -> bool:
     """Whether gradients are reduced while the last backward pass runs. Not under a pipeline: ranks of different stages finish different
-    gradients first, and reductions would start in different orders.
+    gradients first, and reductions would start in different orders. And not where a gradient arises several times in a backward pass: with
+    ZeRO 3 recomputed streams have one each (`megascale.parallel.recompute`).
     """
-    return mesh.size("pp") == 1 and zero_settings(passthrough).get("overlap_comm", True)
+    again = stage == 3 and config.parallel.recompute == "stream" and config.model.streams.count > mesh.size("stream")
+    return mesh.size("pp") == 1 and not again and zero_settings(config.engine.deepspeed).get("overlap_comm", True)
 
 
 def reduction_order(trained: Mapping[str, Tensor], with_peers: Collection[str], overlap: bool) -> tuple[list[str], int]:
@@ -60,8 +63,7 @@ def zero_traffic(
     placements: Mapping[str, Placement],
     mesh: Mesh,
     stage: int,
-    micro_batches: int,
-    passthrough: Mapping[str, Any],
+    config: Config,
 ) -> None:
     """Note what one step exchanges, without padding, one call for each set of ranks: gradients (fp32) and weights (their own dtype) as dp,
     the norm as world.
@@ -72,7 +74,7 @@ def zero_traffic(
     backward pass: the most it may take, because some of them may stay.
 
     Args:
-        passthrough: the user's DeepSpeed settings.
+        config: of the run.
     """
     data = mesh.along(*DATA)
     shards = {name: data if stage == 3 else placements[name].sharded_over for name in trained}
@@ -99,8 +101,10 @@ def zero_traffic(
         ledger.note("all-reduce", world, NORM_BYTES, "world")
     note("all-reduce", bytes_over(peers, lambda _: GRADIENT_BYTES))
     with_peers = {name for name in trained if len(peers(name)) > 1}
-    order, number = reduction_order(trained, with_peers, overlaps(mesh, passthrough))
-    early = _hidden(trained, order[: max(number - 1, 0)], zero_settings(passthrough).get("reduce_bucket_size", BUCKET))
+    order, number = reduction_order(trained, with_peers, overlaps(config, mesh, stage))
+    early = _hidden(
+        trained, order[: max(number - 1, 0)], zero_settings(config.engine.deepspeed).get("reduce_bucket_size", BUCKET)
+    )
     gradients = bytes_over(shards.__getitem__, lambda _: GRADIENT_BYTES)
     beside = bytes_over(shards.__getitem__, lambda _: GRADIENT_BYTES, early)
     weights = bytes_over(shards.__getitem__, lambda parameter: parameter.element_size())
@@ -112,5 +116,5 @@ def zero_traffic(
         note("all-gather", weights)
     else:
         stay = sum(parameter.numel() for parameter in trained.values()) <= MOST_LIVE
-        times = 1 if stay else 2 * micro_batches
+        times = 1 if stay else 2 * config.batch.micro_batches
         note("all-gather", {ranks: times * volume for ranks, volume in weights.items()}, times)

@@ -26,6 +26,7 @@ from megascale.parallel.plain import PlainEngine
 from megascale.parallel.recompute import apply_recompute
 from megascale.parallel.shard import cut, materialise, named_parameters, own_stages, shard, tie_ends, whole_on_meta
 from megascale.parallel.stages import stage_layers
+from megascale.parallel.zero_traffic import overlaps
 from megascale.train.compiling import compile_layers
 from megascale.train.fused import use_kernels
 from megascale.train.groups import check_patterns, optimizer_groups, trained_names
@@ -193,7 +194,7 @@ def _zero_engine(stages: Stages, share: Share, config: Config, mesh: Mesh, stage
     has_matrices = any(group.parameters for group in share.groups if group.optimizer == "muon")
     kind: type[ZeroMuonEngine] | type[ZeroEngine] = ZeroMuonEngine if has_matrices else ZeroEngine
     model = nn.ModuleList(stages.modules())
-    return kind(model, share, config.optimizer, mesh, stage, config.engine.deepspeed)
+    return kind(model, share, config.optimizer, mesh, stage, config.engine.deepspeed, overlaps(config, mesh, stage))
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:

@@ -192,9 +192,7 @@ def _run_rank(config: Config, layout: Layout, rank: int, zero: int, frozen: froz
         entries = _scaled(ledger.entries(), config.batch.micro_batches, micro_batches)
         if zero:
             arithmetic = Ledger(mesh)
-            zero_traffic(
-                arithmetic, engine.trained, engine.placements, mesh, zero, config.batch.micro_batches, config.engine.deepspeed
-            )
+            zero_traffic(arithmetic, engine.trained, engine.placements, mesh, zero, config)
             entries += arithmetic.entries()
         layers = {stage: [int(name) for name in decoder.layers] for stage, decoder in stages.decoders.items()}
         kept = _kept(engine, mesh, zero)

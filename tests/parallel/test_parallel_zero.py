@@ -14,10 +14,12 @@ from ranks import RankPool
 from runs import ALL_AXES, Run, losses, one_process, tiny_config
 
 THREE_RANKS = "batch={sequences: 6, micro_batches: 2}"
+SMALL_BUCKETS = "engine.deepspeed.zero_optimization.reduce_bucket_size=4096"
+"""Many of them are full before the last gradient is final."""
 TIED = "model.tie_embeddings=true"
 LAYOUTS = {
     "zero1-dp2": (2, "parallel.zero_stage=1"),
-    "zero2-dp2": (2, "parallel.zero_stage=2"),
+    "zero2-dp2": (2, "parallel.zero_stage=2", SMALL_BUCKETS),
     "zero3-dp2": (2, "parallel.zero_stage=3", CUT_ALL),
     "zero3-dp2-small-whole": (2, "parallel.zero_stage=3"),
     "zero3-dp2-recomputed": (2, "parallel={zero_stage: 3, recompute: layer}", CUT_ALL),
@@ -28,7 +30,7 @@ LAYOUTS = {
     "zero1-tp4": (4, "parallel={zero_stage: 1, tp: 4}"),
     "zero1-tp2-dp2": (4, "parallel={zero_stage: 1, tp: 2}"),
     "zero2-tp2-ep2-dp2": (4, "parallel={zero_stage: 2, tp: 2, ep: 2}"),
-    "zero1-tp2-ep4-dp2": (4, "parallel={zero_stage: 1, tp: 2, ep: 4}"),
+    "zero1-tp2-ep4-dp2": (4, "parallel={zero_stage: 1, tp: 2, ep: 4}", SMALL_BUCKETS),
     "zero3-tp2-dp2": (4, "parallel={zero_stage: 3, tp: 2}", CUT_ALL),
     "zero1-pp2-dp2": (4, "parallel={zero_stage: 1, pp: 2}"),
     "zero2-pp2-ep2-dp2": (4, "parallel={zero_stage: 2, pp: 2, ep: 2}"),
@@ -38,6 +40,7 @@ QUICK = (
     "zero2-dp2",
     "zero3-dp2",
     "zero3-dp2-recomputed",
+    "zero3-dp2-streams-apart",
     "zero3-dp4",
     "zero1-tp4",
     "zero1-tp2-ep4-dp2",

@@ -71,7 +71,7 @@ def hand_made(rank: int, size: int, kind: str, scale: float = 1.0) -> tuple[Unev
     if kind == "plain":
         return model, PlainEngine(share, optimizer, mesh)
     passthrough = {"zero_optimization": CUT_ALL_SETTINGS} if kind == "zero3-cut-all" else {}
-    return model, ZeroEngine(model, share, optimizer, mesh, int(kind[4]), passthrough)
+    return model, ZeroEngine(model, share, optimizer, mesh, int(kind[4]), passthrough, overlap=True)
 
 
 def hand_made_step(model: Uneven, engine: Engine, uneven: bool, rank: int, step: int) -> float:
@@ -254,7 +254,7 @@ def refused(rank: int, size: int, passthrough: dict[str, Any], frozen: bool) -> 
     placements = {n: Placement(tuple(p.shape), (0,) * p.ndim, (0,), (0,)) for n, p in parameters.items()}
     groups = [OptimizerGroup("all", "adamw", 0.1, 0.0, {} if frozen else parameters)]
     with pytest.raises(InputError) as error:
-        ZeroEngine(model, Share(groups, parameters, parameters, placements), Optimizer(), mesh, 1, passthrough)
+        ZeroEngine(model, Share(groups, parameters, parameters, placements), Optimizer(), mesh, 1, passthrough, overlap=True)
     return str(error.value)
 
 
@@ -291,7 +291,7 @@ parameters = dict(model.named_parameters())
 placements = {n: Placement(tuple(p.shape), (0,) * p.ndim, (0,), (0,)) for n, p in parameters.items()}
 groups = [OptimizerGroup("all", "adamw", 0.1, 0.0, parameters)]
 mesh = alone(Device(torch.device("cpu"), "gloo"))
-engine = ZeroEngine(model, Share(groups, parameters, parameters, placements), Optimizer(), mesh, STAGE, {})
+engine = ZeroEngine(model, Share(groups, parameters, parameters, placements), Optimizer(), mesh, STAGE, {}, True)
 engine.begin()
 engine.backward(model(torch.ones(1, 3)).sum(), last=True)
 engine.gradient_norm()
