@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,19 +48,21 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "model.altup={blocks: 2}",
     ),
 }
+HEALTH: dict[str, Callable[[list[float]], float]] = {"aggregator_entropy": min, "idle_experts": max, "divergence": min}
+"""Metrics, by the end of their names, that say whether an axis is alive; which of several layers' and runs' values is the worst."""
 
 
 def train(folder: Path, variant: str, seed: int, steps: int, corpus: str) -> dict[str, float]:
     """One run by the real command; the metrics behind its last step."""
     name = f"{variant.replace(' ', '-').replace('=', '')}-{seed}"
-    config = folder / "plain.yaml"
-    command = [sys.executable, "launch/pretrain.py", "--config", str(config), *VARIANTS[variant]]
+    command = [sys.executable, "launch/pretrain.py", "--config", str(folder / "plain.yaml"), *VARIANTS[variant]]
     command += [
         f"run={{name: {name}, seed: {seed}, folder: {folder}}}",
         f"schedule.steps={steps}",
         f"schedule.warmup_steps={steps // 10}",
+        f"validation.every={steps}",
+        f"data.sources=[{{path: {corpus}}}]",
     ]
-    command += [f"validation.every={steps}", f"data.sources=[{{path: {corpus}}}]"]
     metrics = folder / name / "metrics.jsonl"
     if not metrics.exists() or json.loads(metrics.read_text().splitlines()[-1])["step"] < steps:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -69,25 +72,25 @@ def train(folder: Path, variant: str, seed: int, steps: int, corpus: str) -> dic
     return {key: value for key, value in json.loads(last).items() if isinstance(value, (int, float))}
 
 
+def held_out_loss(run: dict[str, float]) -> float:
+    """Of a run's last metrics."""
+    return next(value for key, value in run.items() if key.startswith("val/") and key.endswith("/loss"))
+
+
 def row(runs: list[dict[str, float]], plain: list[dict[str, float]]) -> dict[str, float]:
     """Mean difference in held-out loss over pairs of runs, half its 95 % interval (Student), and whether the axis is alive."""
-    loss = [next(value for key, value in run.items() if key.startswith("val/") and key.endswith("/loss")) for run in runs]
-    of_plain = [next(value for key, value in run.items() if key.startswith("val/") and key.endswith("/loss")) for run in plain]
-    differences = [a - b for a, b in zip(loss, of_plain, strict=True)]
+    loss = [held_out_loss(run) for run in runs]
+    differences = [a - held_out_loss(b) for a, b in zip(loss, plain, strict=True)]
     count = len(differences)
     result = {"loss": statistics.mean(loss), "difference": statistics.mean(differences)}
     if count > 1:
         deviation = statistics.stdev(differences)
         result["plus_minus"] = float(student.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
     result["flops_ratio"] = statistics.mean(a["flops_total"] / b["flops_total"] for a, b in zip(runs, plain, strict=True))
-    for health, part in {
-        "aggregator_entropy": "aggregator_entropy",
-        "idle_experts": "idle_experts",
-        "divergence": "divergence",
-    }.items():
-        values = [value for run in runs for key, value in run.items() if key.endswith(part)]
+    for health, worst in HEALTH.items():
+        values = [value for run in runs for key, value in run.items() if key.endswith(health)]
         if values:
-            result[health] = max(values) if part == "idle_experts" else min(values)
+            result[health] = worst(values)
     return result
 
 
@@ -116,7 +119,7 @@ def main(arguments: list[str]) -> None:
     table = {variant: row(found, runs["plain"]) for variant, found in runs.items()}
     print(f"{'':14}{'loss':>8}{'difference':>12}{'95 %':>9}{'FLOPs':>7}  health")
     for variant, cells in table.items():
-        health = " ".join(f"{k}={cells[k]:.3g}" for k in ("aggregator_entropy", "idle_experts", "divergence") if k in cells)
+        health = " ".join(f"{k}={cells[k]:.3g}" for k in HEALTH if k in cells)
         interval = f"{cells['plus_minus']:9.4f}" if "plus_minus" in cells else f"{'':9}"
         print(f"{variant:14}{cells['loss']:8.4f}{cells['difference']:+12.4f}{interval}{cells['flops_ratio']:7.2f}  {health}")
-    print(write_result("axes", f"python -m benchmarks axes {' '.join(arguments)}".strip(), table))
+    print(write_result("axes", ["axes", *arguments], table))

@@ -37,7 +37,7 @@ class Part:
 
 
 PARTS = (
-    Part("tests", ("pytest", "-q", "-x", "--maxfail=20", "tests/kernels"), 150),
+    Part("tests", ("pytest", "-q", "--maxfail=20", "tests/kernels"), 150),
     Part("kernels", ("benchmarks", "kernels"), 120),
     Part("moe", ("benchmarks", "moe"), 70),
     Part("step", ("benchmarks", "step"), 210),
@@ -69,11 +69,14 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     begin = time.time()
+    kept = {path: path.read_bytes() for path in RESULTS.glob("*.json")}
     rows = [run_part(part, given.device, given.out) for part in PARTS if not given.part or part.name in given.part]
     print_table(rows)
     for result in sorted(RESULTS.glob("*.json")):
         if result.stat().st_mtime >= begin:
             shutil.copy(result, given.out)
             print(given.out / result.name)
+            if given.device == "cpu":  # a trial in small: what was measured in earnest stays
+                result.write_bytes(kept[result]) if result in kept else result.unlink()
     if any(row["exit"] != 0 for row in rows):
         sys.exit(1)

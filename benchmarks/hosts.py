@@ -194,13 +194,8 @@ def allow_ssh(hosts: Sequence[Host], folder: Path) -> None:
     for name in ("server", "client"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True, timeout=20)
     settings = folder / "sshd_config"
-    rules = [
-        "StrictModes no",
-        "UsePAM no",
-        "PidFile none",
-        "PermitRootLogin yes",
-        "SetEnv OMP_NUM_THREADS=1",
-    ]  # hosts share the cores
+    rules = ["StrictModes no", "UsePAM no", "PidFile none", "PermitRootLogin yes"]
+    rules.append("SetEnv OMP_NUM_THREADS=1")  # hosts share the cores
     keys = [f"HostKey {folder}/server", f"AuthorizedKeysFile {folder}/client.pub"]
     settings.write_text("\n".join([*keys, *rules, ""]))
     client = folder / "client.d"

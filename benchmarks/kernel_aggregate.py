@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import milliseconds, peak_allocated_mib
+from benchmarks.measure import form_rows, milliseconds
 from megascale.kernels.aggregate import linear_aggregate_streams
 
 SMOOTHING = 0.1
@@ -71,31 +71,21 @@ def _shape_rows(device: torch.device, tokens: int, streams: int, width: int, rou
         "compiled, published form": (torch.compile(published, dynamic=False), stream_major),
         "compiled, token-major": (torch.compile(plain, dynamic=False), inputs),
     }
-    trains = {name: partial(_train, form, tensors, grad) for name, (form, tensors) in forms.items()}
+    trains: dict[str, Callable[[], object]] = {
+        name: partial(_train, form, tensors, grad) for name, (form, tensors) in forms.items()
+    }
     copied = torch.empty_like(inputs[0], requires_grad=False)
-    floor: dict[str, Callable[[], object]] = {
+    bare: dict[str, Callable[[], object]] = {
         "GEMMs": partial(_gemms, inputs[0], inputs[1], grad),
         "copy": lambda: copied.copy_(inputs[0].detach()),
     }
-    times = milliseconds(device, {**trains, **floor}, rounds)
+    times = milliseconds(device, trains | bare, rounds)
     size = tokens * streams * width * 2
     moved = size * (2 + 5 / streams)
     floor_ms = times["GEMMs"] + times["copy"] * moved / (2 * size)
     best = min(value for name, value in times.items() if name.startswith("compiled"))
-    return [
-        {
-            "case": f"T={tokens} P={streams} d={width}",
-            "form": name,
-            "ms": times[name],
-            "best compiled / this": best / times[name],
-            "floor ms": floor_ms,
-            "share of floor": floor_ms / times[name],
-            "floor TFLOP": 6 * tokens * streams * width * width / 1e12,
-            "floor GB": moved / 1e9,
-            "peak MiB": peak_allocated_mib(device, run),
-        }
-        for name, run in trains.items()
-    ]
+    floor = {"TFLOP": 6 * tokens * streams * width * width / 1e12, "GB": moved / 1e9}
+    return form_rows(device, f"T={tokens} P={streams} d={width}", trains, times, floor_ms, floor, ("best compiled", best))
 
 
 def rows(device: torch.device, small: bool) -> list[dict[str, Any]]:

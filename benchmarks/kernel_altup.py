@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import milliseconds, peak_allocated_mib
+from benchmarks.measure import form_rows, milliseconds
 from megascale.kernels.altup import altup_mix
 
 SHAPES = [
@@ -78,20 +78,8 @@ def _shape_rows(device: torch.device, tokens: int, blocks: int, width: int, by_t
     torch._dynamo.reset()
     runs: dict[str, Callable[[], object]] = {name: partial(_train, form, inputs, grad) for name, form in _forms(device).items()}
     times = milliseconds(device, runs | {"floor": partial(target.copy_, source)}, rounds)
-    best = min(value for name, value in times.items() if name not in ("ours", "floor"))
-    return [
-        {
-            "case": f"T={tokens} K={blocks} d={width}{' by token' if by_token else ''}",
-            "form": name,
-            "ms": times[name],
-            "best other / this": best / times[name],
-            "floor ms": times["floor"],
-            "share of floor": times["floor"] / times[name],
-            "floor GB": moved / 1e9,
-            "peak MiB": peak_allocated_mib(device, run),
-        }
-        for name, run in runs.items()
-    ]
+    case = f"T={tokens} K={blocks} d={width}{' by token' if by_token else ''}"
+    return form_rows(device, case, runs, times, times["floor"], {"GB": moved / 1e9})
 
 
 def rows(device: torch.device, small: bool) -> list[dict[str, Any]]:

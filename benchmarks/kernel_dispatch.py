@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure import milliseconds, peak_allocated_mib
+from benchmarks.measure import form_rows, milliseconds
 from megascale.config.resolve import resolve
 from megascale.config.schema import Config, Experts, Model
 from megascale.kernels.dispatch import combine_copies, copy_rows, sort_copies, sum_copies
@@ -125,19 +125,17 @@ def _parts(shape: Shape, device: torch.device) -> list[_Part]:
     compiled = partial(torch.compile, dynamic=False)
     unit, k = 2.0 * shape.tokens * shape.width, shape.per_token
     hidden = 2.0 * shape.copies * shape.hidden
-    eager_copies = partial(copy_rows, fused=False)
-    eager_sum = partial(combine_copies, fused=False)
     copies: dict[str, Form] = {
-        "ours": lambda x, order, place: copy_rows(x, order, place),
+        "ours": copy_rows,
         "eager, x[index]": lambda x, order, place: x[order // k],
-        "eager, known places": lambda x, order, place: eager_copies(x, order, place),
-        "compiled, known places": compiled(lambda x, order, place: eager_copies(x, order, place)),
+        "eager, known places": partial(copy_rows, fused=False),
+        "compiled, known places": compiled(partial(copy_rows, fused=False)),
     }
     sums: dict[str, Form] = {
-        "ours": lambda y, gates, order, place: combine_copies(y, gates, order, place),
+        "ours": combine_copies,
         "eager, index_add": lambda y, gates, order, place: _index_add(y, gates, order, shape.tokens),
-        "eager, known places": lambda y, gates, order, place: eager_sum(y, gates, order, place),
-        "compiled, known places": compiled(lambda y, gates, order, place: eager_sum(y, gates, order, place)),
+        "eager, known places": partial(combine_copies, fused=False),
+        "compiled, known places": compiled(partial(combine_copies, fused=False)),
     }
     swiglus: dict[str, Form] = {
         "ours": lambda gate, up, gates, order: weighted_swiglu(gate, up, gates, order, ends),
@@ -167,7 +165,8 @@ def _bytes_per_ms(device: torch.device, small: bool) -> float:
 
 def rows(device: torch.device, small: bool) -> list[dict[str, Any]]:
     """The parts: one row a shape, part, direction and form. `small` is for seconds on a CPU, where only ratios mean something."""
-    rate, table = _bytes_per_ms(device, small), []
+    rate = _bytes_per_ms(device, small)
+    table: list[dict[str, Any]] = []
     for shape in SMALL_SHAPES if small else SHAPES:
         torch._dynamo.reset()  # as many compiled forms as a function may have
         for part in _parts(shape, device):
@@ -176,20 +175,8 @@ def rows(device: torch.device, small: bool) -> list[dict[str, Any]]:
                     continue
                 runs = part.runs(bool(backward))
                 times = milliseconds(device, runs, 5 if small else 20)
-                best = min((value for name, value in times.items() if name != "ours"), default=times["ours"])
-                for name, run in runs.items():
-                    table.append(
-                        {
-                            "case": f"{shape} {part.name}, {'backward' if backward else 'forward'}",
-                            "form": name,
-                            "ms": times[name],
-                            "best other / this": best / times[name],
-                            "floor ms": moved / rate,
-                            "share of floor": moved / rate / times[name],
-                            "floor GB": moved / 1e9,
-                            "peak MiB": peak_allocated_mib(device, run),
-                        }
-                    )
+                case = f"{shape} {part.name}, {'backward' if backward else 'forward'}"
+                table += form_rows(device, case, runs, times, moved / rate, {"GB": moved / 1e9})
     return table
 
 
@@ -286,19 +273,7 @@ def layer_rows(device: torch.device, small: bool) -> list[dict[str, Any]]:
         ends = sort_copies(experts, shape.count)[2].cumsum(0).to(torch.int32)
         floor = partial(_products, layer, copies, hidden, ends)
         times = milliseconds(device, runs | {"floor": floor}, 5 if small else 10)
-        best = min(value for name, value in times.items() if name not in ("ours", "floor"))
         flops = 18.0 * shape.copies * shape.width * shape.hidden
-        table += [
-            {
-                "case": str(shape),
-                "form": name,
-                "ms": times[name],
-                "best other / this": best / times[name],
-                "TFLOP/s": flops / times[name] / 1e9,
-                "floor ms": times["floor"],
-                "share of floor": times["floor"] / times[name],
-                "peak MiB": peak_allocated_mib(device, run),
-            }
-            for name, run in runs.items()
-        ]
+        found = form_rows(device, str(shape), runs, times, times["floor"], {})
+        table += [row | {"TFLOP/s": flops / row["ms"] / 1e9} for row in found]
     return table

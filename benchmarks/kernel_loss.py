@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import milliseconds, peak_allocated_mib
+from benchmarks.measure import form_rows, milliseconds
 from megascale.model import loss as module
 from megascale.model.loss import LossKernels, linear_cross_entropy
 
@@ -79,20 +79,8 @@ def _shape_rows(device: torch.device, tokens: int, width: int, vocabulary: int, 
     forms = _forms()
     runs: dict[str, Callable[[], object]] = {name: partial(_train, form, x, weight, labels) for name, form in forms.items()}
     times = milliseconds(device, runs | {"floor": partial(_gemms, x, weight, logits)}, rounds)
-    best = min(value for name, value in times.items() if name not in ("ours", "floor"))
-    return [
-        {
-            "case": f"T={tokens} d={width} V={vocabulary}",
-            "form": name,
-            "ms": times[name],
-            "best other / this": best / times[name],
-            "floor ms": times["floor"],
-            "share of floor": times["floor"] / times[name],
-            "floor TFLOP": 6 * tokens * width * vocabulary / 1e12,
-            "peak MiB": peak_allocated_mib(device, run),
-        }
-        for name, run in runs.items()
-    ]
+    floor = {"TFLOP": 6 * tokens * width * vocabulary / 1e12}
+    return form_rows(device, f"T={tokens} d={width} V={vocabulary}", runs, times, times["floor"], floor)
 
 
 def rows(device: torch.device, small: bool) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import milliseconds, peak_allocated_mib
+from benchmarks.measure import form_rows, milliseconds
 from megascale.kernels.merge import Pair, merge_streams_by_lse
 
 SHAPES = [(16384, 4, 16, 128), (8192, 8, 32, 128)]
@@ -35,20 +35,8 @@ def _shape_rows(device: torch.device, tokens: int, streams: int, heads: int, wid
     }
     copied = torch.empty_like(out)
     times = milliseconds(device, runs | {"copy": lambda: copied.copy_(out)}, rounds)
-    floor_ms = 1.5 * times["copy"]
-    return [
-        {
-            "case": f"T={tokens} P={streams} H={heads} D={width}",
-            "form": name,
-            "ms": times[name],
-            "compiled / this": times["compiled"] / times[name],
-            "floor ms": floor_ms,
-            "share of floor": floor_ms / times[name],
-            "floor GB": 3 * out.numel() * 2 / 1e9,
-            "peak MiB": peak_allocated_mib(device, run),
-        }
-        for name, run in runs.items()
-    ]
+    case, floor = f"T={tokens} P={streams} H={heads} D={width}", {"GB": 3 * out.numel() * 2 / 1e9}
+    return form_rows(device, case, runs, times, 1.5 * times["copy"], floor, ("compiled", times["compiled"]))
 
 
 def rows(device: torch.device, small: bool) -> list[dict[str, Any]]:

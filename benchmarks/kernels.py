@@ -36,8 +36,7 @@ def _fill(command: str, tables: Mapping[str, Rows], arguments: list[str]) -> Non
         print(name)
         found[name] = tables[name](device, device.type == "cpu")
         print_table(found[name])
-        words = f"python -m benchmarks {command} {' '.join(arguments)}".strip()
-        path = write_result(f"{command}-{device.type}", words, found)  # after each, in case the time runs out
+        path = write_result(f"{command}-{device.type}", [command, *arguments], found)  # after each, in case the time runs out
     print("stored in", path)
 
 

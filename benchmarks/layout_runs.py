@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
@@ -38,7 +39,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     ),
 }
 """What makes each of them of the plain one."""
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": {"width": 64, "layers": 8, "heads": 4, "ffn_width": 192},
     "data": {"sequence_length": 64},
     "batch": {"sequences": 16, "micro_batches": 4},
@@ -97,6 +98,11 @@ CROSSING = tuple(
 proportionally more."""
 
 
+def overrides(model: str, layout: Layout) -> list[str]:
+    """What makes the config that of this model in this layout."""
+    return [*MODELS[model], f"parallel={layout.parallel}"]
+
+
 class LayoutRuns:
     """A folder with a corpus, a config and the runs made of them."""
 
@@ -104,18 +110,14 @@ class LayoutRuns:
         self.folder, self.config, self.count = folder, folder / "runs.yaml", 0
         corpus = folder / "corpus"
         prepare_corpus(corpus, PrepareRequest(SourceRequest(paths=(ROOT / "docs",)), vocab_size=512))
-        settings = {**SETTINGS, "data": {"sequence_length": 64, "sources": [{"path": str(corpus)}]}}
+        settings = {**SETTINGS, "data": {**SETTINGS["data"], "sources": [{"path": str(corpus)}]}}
         self.config.write_text(yaml.safe_dump({**settings, "run": {"folder": str(folder / "runs")}}))
-
-    def overrides(self, model: str, layout: Layout) -> list[str]:
-        """What makes the config that of this model in this layout."""
-        return [*MODELS[model], f"parallel={layout.parallel}"]
 
     def start(self, model: str, layout: Layout, steps: int, hosts: Sequence[Host] = ()) -> LayoutRun:
         """A run, running: on this machine, or one rank on each host."""
         self.count += 1
         name = f"run-{self.count}"
-        program = ["launch/pretrain.py", "--config", str(self.config), *self.overrides(model, layout)]
+        program = ["launch/pretrain.py", "--config", str(self.config), *overrides(model, layout)]
         program += [f"run.name={name}", f"schedule.steps={steps}"]
         torchrun, log = ["-m", "torch.distributed.run"], self.folder / f"{name}.log"
         if hosts:

@@ -1,4 +1,4 @@
-"""Interleaved timing, peak memory in fresh processes, and result files."""
+"""Interleaved timing, peak memory, functions on ranks, tables and result files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,41 @@ def peak_allocated_mib(device: torch.device, run: Callable[[], object]) -> float
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def form_rows(
+    device: torch.device,
+    case: str,
+    runs: Mapping[str, Callable[[], object]],
+    times: Mapping[str, float],
+    floor_ms: float,
+    floor: Mapping[str, float],
+    rival: tuple[str, float] | None = None,
+) -> list[dict[str, Any]]:
+    """A kernel's table for one case: each form with its time, what a rival's and the floor are of it, and its peak memory.
+
+    Args:
+        case: the shape, in words.
+        runs: the forms, "ours" among them.
+        times: milliseconds of each form.
+        floor_ms: which no form can beat.
+        floor: what has to be done in that time, by unit: GB, TFLOP.
+        rival: what forms are compared with, in words, and its milliseconds; none = the best other than ours, or ours where it is alone.
+    """
+    words, rival_ms = rival or ("best other", min((times[form] for form in runs if form != "ours"), default=times["ours"]))
+    return [
+        {
+            "case": case,
+            "form": form,
+            "ms": times[form],
+            f"{words} / this": rival_ms / times[form],
+            "floor ms": floor_ms,
+            "share of floor": floor_ms / times[form],
+            **{f"floor {unit}": amount for unit, amount in floor.items()},
+            "peak MiB": peak_allocated_mib(device, run),
+        }
+        for form, run in runs.items()
+    ]
+
+
 def _high_water_mark_mib() -> float:
     """Peak resident size of this process. Not ru_maxrss, which starts from the parent's peak."""
     status = Path("/proc/self/status").read_text()
@@ -127,13 +162,13 @@ def print_table(rows: list[dict[str, object]]) -> None:
     print()
 
 
-def write_result(name: str, command: str, table: object) -> Path:
-    """Store a table with what it was measured on."""
+def write_result(name: str, words: Sequence[str], table: object) -> Path:
+    """Store a table with what it was measured on, and by which words behind `python -m benchmarks`."""
     cpu = next(
         (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
     )
     record = {
-        "command": command,
+        "command": " ".join(["python -m benchmarks", *words]),
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -98,7 +98,7 @@ def component_row(name: str, shape: Shape, recompute: str, device: torch.device)
     state = [x for p in decoder.parameters() for x in (p, p.grad) if x is not None]
     memory = ComponentMemory(state)
     _label(decoder, memory)
-    forward, backward = step_of(decoder, model, shape, torch.device("meta"))
+    forward, backward = step_of(decoder, shape, torch.device("meta"))
     with memory:
         loss = forward()
         with memory.inside(BACKWARD):
@@ -107,7 +107,7 @@ def component_row(name: str, shape: Shape, recompute: str, device: torch.device)
     row |= {part: memory.at_peak[part] / 2**20 for part in NAMES}
     if device.type == "cuda":
         decoder = decoder_of(model, shape, "cuda", recompute)
-        forward, backward = step_of(decoder, model, shape, device)
+        forward, backward = step_of(decoder, shape, device)
         row["allocator_mib"] = [peak_allocated_mib(device, lambda: backward(forward())) for _ in range(2)][-1]
     return row
 
@@ -122,4 +122,4 @@ def main(arguments: list[str]) -> None:
         component_row(name, shape, recompute, device) for name in axes(plain(shape), shape) for recompute in ("none", "layer")
     ]
     print_table(rows)
-    print("stored in", write_result(f"memory-{device.type}", f"python -m benchmarks memory {' '.join(arguments)}".strip(), rows))
+    print("stored in", write_result(f"memory-{device.type}", ["memory", *arguments], rows))

@@ -117,9 +117,9 @@ def main(arguments: list[str]) -> None:
         begin = time.perf_counter()
         tables[name] = measures[name]()
         print(f"{name}: {time.perf_counter() - begin:.0f} s\n", flush=True)
-    command = f"python -m benchmarks parallel {' '.join(arguments)}".strip()
+    words = ["parallel", *arguments]
     if set(tables) == set(names):
-        print("stored in", write_result("parallel", command, tables))
+        print("stored in", write_result("parallel", words, tables))
     else:
         for name, table in tables.items():
-            print("stored in", write_result(f"parallel-{name}", command, {name: table}))
+            print("stored in", write_result(f"parallel-{name}", words, {name: table}))

@@ -20,11 +20,12 @@ from megascale.config.schema import AltUp, Config, Experts, Model, Streams
 from megascale.model.accounting import flops_per_token
 from megascale.model.decoder import Decoder
 from megascale.model.initialize import initialize
-from megascale.model.loss import LossKernels
 from megascale.observe.throughput import peak_flops
 from megascale.parallel.device import choose_device
+from megascale.parallel.plain import allow_fp32_gradient
 from megascale.parallel.recompute import apply_recompute
 from megascale.train.build import cast
+from megascale.train.compiling import compile_layers
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,15 @@ def decoder_of(model: Model, shape: Shape, device: str, recompute: str = "none")
     if device != "meta":
         initialize(decoder, model, 1)
     cast(dict(decoder.named_parameters()), shape.precision)
-    for parameter in decoder.parameters():
-        if parameter.dtype != torch.float32:
-            parameter.grad_dtype = torch.float32
+    for name, parameter in decoder.named_parameters():
+        allow_fp32_gradient(name, parameter)
         parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
     apply_recompute(decoder, recompute)
     return decoder
 
 
 def step_of(
-    decoder: Decoder, model: Model, shape: Shape, device: torch.device, sequences: int | None = None
+    decoder: Decoder, shape: Shape, device: torch.device, sequences: int | None = None
 ) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
     """The forward and the backward pass of a micro-batch of random tokens. Gradients add up, as in a step of several micro-batches."""
     batch, length = sequences or shape.batch, shape.length
@@ -132,10 +132,8 @@ def ours(model: Model, shape: Shape, compiled: bool, sequences: int | None = Non
     """A function that runs one forward and backward pass of our decoder."""
     decoder = decoder_of(model, shape, shape.device)
     if compiled:
-        for layer in decoder.layers.values():
-            layer.compile()
-        LossKernels.compile()
-    forward, backward = step_of(decoder, model, shape, torch.device(shape.device), sequences)
+        compile_layers([decoder], "on", torch.device(shape.device), print)
+    forward, backward = step_of(decoder, shape, torch.device(shape.device), sequences)
     return lambda: backward(forward())
 
 
@@ -237,4 +235,4 @@ def main(arguments: list[str]) -> None:
     for rows in tables.values():
         print_table(rows)
     name = f"step-{shape.precision}" if shape.device == "cpu" else f"step-{shape.precision}-{shape.device}"
-    print("stored in", write_result(name, f"python -m benchmarks step {' '.join(arguments)}".strip(), tables))
+    print("stored in", write_result(name, ["step", *arguments], tables))

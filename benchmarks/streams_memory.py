@@ -28,16 +28,15 @@ def _model(shape: Shape, streams: int) -> Model:
 
 def _step(shape: Shape, streams: int, mode: str) -> Callable[[], None]:
     """A function that runs one forward and backward pass of a decoder that recomputes in this mode."""
-    model = _model(shape, streams)
-    forward, backward = step_of(decoder_of(model, shape, shape.device, mode), model, shape, torch.device(shape.device))
+    decoder = decoder_of(_model(shape, streams), shape, shape.device, mode)
+    forward, backward = step_of(decoder, shape, torch.device(shape.device))
     return lambda: backward(forward())
 
 
 def alive_mib(shape: Shape, streams: int, mode: str) -> float:
     """Most MiB of tensors alive at a time, beside weights and gradients."""
-    model = _model(shape, streams)
-    decoder = decoder_of(model, shape, "meta", mode)
-    forward, backward = step_of(decoder, model, shape, torch.device("meta"))
+    decoder = decoder_of(_model(shape, streams), shape, "meta", mode)
+    forward, backward = step_of(decoder, shape, torch.device("meta"))
     with MetaMemory([x for p in decoder.parameters() for x in (p, p.grad) if x is not None]) as memory:
         backward(forward())
     return memory.peak / 2**20
@@ -66,5 +65,4 @@ def main(arguments: list[str]) -> None:
             row: dict[str, object] = {"P": streams, "recompute": mode, "alive_mib": alive, "process_mib": process}
             rows.append({**row, **times[mode], "time_over_none": times[mode]["best_s"] / times["none"]["best_s"]})
     print_table(rows)
-    command = f"python -m benchmarks streams_memory {' '.join(arguments)}".strip()
-    print("stored in", write_result(f"streams-memory-{shape.precision}", command, rows))
+    print("stored in", write_result(f"streams-memory-{shape.precision}", ["streams_memory", *arguments], rows))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.hosts import Hosts
-from benchmarks.layout_runs import ALL_AXES, CROSSING, MODELS, PORT, Layout, LayoutRuns, start
+from benchmarks.layout_runs import ALL_AXES, CROSSING, PORT, Layout, LayoutRuns, overrides, start
 from megascale.config.load import load_config
 from megascale.config.resolve import resolve
 from megascale.parallel.agreement import Claim
@@ -32,7 +32,7 @@ BEFORE = 2
 
 def predicted(runs: LayoutRuns, model: str, layout: Layout) -> dict[str, float]:
     """Bytes that rank 0 sends in a step, by axis, as the dry run has them."""
-    found = dry_run(runs.config, runs.overrides(model, layout), layout.ranks)
+    found = dry_run(runs.config, overrides(model, layout), layout.ranks)
     return by_axis(found.ranks[0].sent)
 
 
@@ -88,7 +88,7 @@ def _step(parts: Parts, batch: StepBatch) -> None:
 
 def count_layout(world: World, config_file: Path, layout: Layout, steps: int) -> dict[str, object]:
     """What this rank sends in a step of a layout."""
-    loaded = load_config(config_file, [*MODELS[ALL_AXES], f"parallel={layout.parallel}"])
+    loaded = load_config(config_file, overrides(ALL_AXES, layout))
     config, data = open_run_data(resolve(loaded.config))
     parts = build(config, data, open_mesh(config.parallel, config.model, world), lambda _: None)
     readers, entries, before = parts.mesh.along("dp"), [], 0

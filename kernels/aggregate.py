@@ -20,12 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megascale.kernels.fused import is_fused
+from megascale.kernels.precision import wide_dtype, widen
+
 Streams = tuple[Tensor, Tensor]
 """y [T, d] and w [T, P]."""
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _smooth(shares: Tensor, smoothing: float) -> Tensor:
@@ -36,11 +35,11 @@ def _reference_forward(
     x: Tensor, hidden: Tensor, hidden_bias: Tensor, mix_weight: Tensor, mix_bias: Tensor, smoothing: float, first_stream: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, w and m by their definition."""
-    active = F.silu(_wide(hidden) + _wide(hidden_bias))
-    shares = F.linear(active, _wide(mix_weight), _wide(mix_bias)).softmax(-1)
+    active = F.silu(widen(hidden) + widen(hidden_bias))
+    shares = F.linear(active, widen(mix_weight), widen(mix_bias)).softmax(-1)
     weights = _smooth(shares, smoothing)
     here = weights.narrow(1, first_stream, x.shape[1])
-    return (here[..., None] * _wide(x)).sum(1).to(x.dtype), weights, shares
+    return (here[..., None] * widen(x)).sum(1).to(x.dtype), weights, shares
 
 
 def _reference_backward(
@@ -48,14 +47,14 @@ def _reference_backward(
     smoothing: float, first_stream: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, hidden, hidden_bias, mix_weight, mix_bias, as written in the module."""
-    here, wide_grad = slice(first_stream, first_stream + x.shape[1]), _wide(grad_y)
+    here, wide_grad = slice(first_stream, first_stream + x.shape[1]), widen(grad_y)
     inner = torch.zeros_like(shares) if grad_weights is None else grad_weights.clone()
-    inner[:, here] += (wide_grad[:, None] * _wide(x)).sum(-1)
+    inner[:, here] += (wide_grad[:, None] * widen(x)).sum(-1)
     grad_scores = (1 - smoothing) * shares * (inner - (shares * inner).sum(-1, keepdim=True))
     grad_x = _smooth(shares, smoothing)[:, here, None] * wide_grad[:, None]
-    z = _wide(hidden) + _wide(hidden_bias)
+    z = widen(hidden) + widen(hidden_bias)
     slope = z.sigmoid() * (1 + z * (1 - z.sigmoid()))
-    grad_hidden = grad_scores @ _wide(mix_weight) * slope
+    grad_hidden = grad_scores @ widen(mix_weight) * slope
     grads = grad_x.to(x.dtype), grad_hidden.to(hidden.dtype), grad_hidden.sum(0).to(hidden_bias.dtype)
     return *grads, (grad_scores.t() @ F.silu(z)).to(mix_weight.dtype), grad_scores.sum(0).to(mix_weight.dtype)
 
@@ -85,7 +84,7 @@ def _forward(
 
 
 def _like_outputs(x: Tensor, mix_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    shape, wide = (x.shape[0], mix_weight.shape[0]), torch.promote_types(x.dtype, torch.float32)
+    shape, wide = (x.shape[0], mix_weight.shape[0]), wide_dtype(x)
     return x.new_empty(x.shape[0], x.shape[2]), x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide)
 
 
@@ -202,12 +201,10 @@ MOST_STREAMS = 8
 """With more, the kernels' registers are spilled to memory."""
 
 
-def _is_fused(x: Tensor, mix_weight: Tensor, fused: bool | None) -> bool:
-    if fused is not None:
-        return fused
+def _fits(x: Tensor, mix_weight: Tensor) -> bool:
     streams, inner = mix_weight.shape
     # rows of other widths have no aligned 16 bytes to load at a time
-    return x.is_cuda and streams <= MOST_STREAMS and x.shape[2] % 16 == 0 and inner % 16 == 0
+    return streams <= MOST_STREAMS and x.shape[2] % 16 == 0 and inner % 16 == 0
 
 
 def aggregate_streams(
@@ -229,10 +226,10 @@ def aggregate_streams(
 
     Returns: y [T, d] as x, and w [T, P] in fp32 (fp64 for fp64).
     """
-    if _is_fused(x, mix_weight, fused):
+    if is_fused(x, fused, _fits(x, mix_weight)):
         return _aggregate(x, hidden, hidden_bias, mix_weight, mix_bias, smoothing, first_stream)[:2]
     scores = F.linear(F.silu(hidden + hidden_bias), mix_weight, mix_bias)
-    weights = _smooth(_wide(scores).softmax(-1), smoothing)
+    weights = _smooth(widen(scores).softmax(-1), smoothing)
     here = weights.narrow(1, first_stream, x.shape[1])
     return (here[..., None] * x).sum(1).to(x.dtype), weights
 
@@ -244,6 +241,6 @@ def linear_aggregate_streams(
 
     bias [h] is the product's; the other arguments and the results are those of `aggregate_streams`.
     """
-    if _is_fused(x, mix_weight, fused):
+    if is_fused(x, fused, _fits(x, mix_weight)):
         return _linear_aggregate(x, weight, bias, mix_weight, mix_bias, smoothing)[:2]
     return aggregate_streams(x, F.linear(x.flatten(1), weight), bias, mix_weight, mix_bias, smoothing, fused=False)

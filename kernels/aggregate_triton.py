@@ -17,6 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megascale.kernels.operands_triton import compute_type, dense_rows
+from megascale.kernels.precision import wide_dtype
+
 PARTS = 64
 """The rows are cut into at most so many parts for the sums over rows. With d = 2048 that is 1024 programs, and the partial sums are 2 % of
 what is read and written."""
@@ -159,15 +162,6 @@ def _backward_hidden_kernel(
     tl.store(to + STREAMS * inner, tl.sum(shift_sum, 0), mask=columns < inner)
 
 
-def _wide(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
-    return (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
-
-
-def _whole_rows(x: Tensor) -> Tensor:
-    """With neighbouring columns side by side; anything may lie between rows."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _tile() -> dict[str, int]:
     """For any shape. AMD's warps have twice the threads, and its loads in advance would take registers, not shared memory."""
     warps, stages = (4, 1) if torch.version.hip else (8, 3)
@@ -179,15 +173,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [T, d] as x, and in fp32 or fp64 the weights [T, P] and the softmax they are smoothed from; see `aggregate.aggregate_streams`."""
     (tokens, here, width), (streams, inner) = x.shape, mix_weight.shape
-    x, hidden, mix_weight = _whole_rows(x), _whole_rows(hidden), mix_weight.contiguous()
-    dtype, wide = _wide(x)
+    x, hidden, mix_weight = dense_rows(x), dense_rows(hidden), mix_weight.contiguous()
     y = x.new_empty(tokens, width)
-    weights, shares = (x.new_empty(tokens, streams, dtype=dtype) for _ in range(2))
+    weights, shares = (x.new_empty(tokens, streams, dtype=wide_dtype(x)) for _ in range(2))
     tile = _tile()
     if tokens:
         _forward_kernel[(triton.cdiv(tokens, tile["ROWS"]),)](
             x, hidden, bias, mix_weight, mix_bias, y, weights, shares, tokens, width, inner, x.stride(0), x.stride(1), hidden.stride(0),
-            SMOOTHING=smoothing, STREAMS=streams, FIRST=first_stream, HERE=here, WIDE=wide, **tile,
+            SMOOTHING=smoothing, STREAMS=streams, FIRST=first_stream, HERE=here, WIDE=compute_type(x), **tile,
         )  # fmt: skip
     return y, weights, shares
 
@@ -199,14 +192,15 @@ def backward_streams(
     and the scores' [T, P] in fp32 or fp64.
     """
     (tokens, here, width), streams = x.shape, shares.shape[1]
-    x, grad_y = _whole_rows(x), _whole_rows(grad_y)
+    x, grad_y = dense_rows(x), dense_rows(grad_y)
     grad_x, grad_scores = x.new_empty(x.shape), torch.empty_like(shares)
     tile = _tile()
     if tokens:
         _backward_streams_kernel[(triton.cdiv(tokens, tile["ROWS"]),)](
             grad_y, shares if grad_weights is None else grad_weights.contiguous(), x, shares, grad_x, grad_scores, tokens, width,
             grad_y.stride(0), x.stride(0), x.stride(1),
-            SMOOTHING=smoothing, STREAMS=streams, FIRST=first_stream, HERE=here, GIVEN=grad_weights is not None, WIDE=_wide(x)[1], **tile,
+            SMOOTHING=smoothing, STREAMS=streams, FIRST=first_stream, HERE=here, GIVEN=grad_weights is not None,
+            WIDE=compute_type(x), **tile,
         )  # fmt: skip
     return grad_x, grad_scores
 
@@ -214,7 +208,7 @@ def backward_streams(
 def backward_hidden(grad_scores: Tensor, hidden: Tensor, bias: Tensor, mix_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of the scores' gradient [T, P]: those of the hidden layer's result [T, h], its bias [h] and the mixing weight [P, h]."""
     (tokens, inner), streams = hidden.shape, mix_weight.shape[0]
-    hidden, mix_weight = _whole_rows(hidden), mix_weight.contiguous()
+    hidden, mix_weight = dense_rows(hidden), mix_weight.contiguous()
     grad_hidden = hidden.new_empty(tokens, inner)
     tile = _tile()
     rows_each = triton.cdiv(triton.cdiv(tokens, PARTS), tile["ROWS"]) * tile["ROWS"]
@@ -223,7 +217,7 @@ def backward_hidden(grad_scores: Tensor, hidden: Tensor, bias: Tensor, mix_weigh
     if tokens:
         _backward_hidden_kernel[(parts, triton.cdiv(inner, tile["COLUMNS"]))](
             grad_scores, hidden, bias, mix_weight, grad_hidden, partial, tokens, inner, hidden.stride(0), rows_each,
-            STREAMS=streams, WIDE=_wide(hidden)[1], **tile,
+            STREAMS=streams, WIDE=compute_type(hidden), **tile,
         )  # fmt: skip
     sums = partial.sum(0)
     return grad_hidden, sums[-1].to(bias.dtype, copy=True), sums[:-1].to(mix_weight.dtype, copy=True)

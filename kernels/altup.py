@@ -19,25 +19,23 @@ form for K = 2, 4, 8.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megascale.kernels.fused import is_fused
 
 Blocks = tuple[Tensor, ...]
 """K tensors [T, P, d], views of one state."""
 
 MOST_BLOCKS = 8
 """of the kernels, which hold one vector of every block in registers"""
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _runs_fused(state: Tensor, fused: bool | None) -> bool:
-    """None: on GPUs, where rows consist of whole vectors of 16 bytes."""
-    if fused is not None:
-        return fused
-    return _HAS_TRITON and state.is_cuda and state.shape[2] <= MOST_BLOCKS and state.shape[3] % 16 == 0
+def _fits(state: Tensor) -> bool:
+    """Rows consist of whole vectors of 16 bytes."""
+    return state.shape[2] <= MOST_BLOCKS and state.shape[3] % 16 == 0
 
 
 # the plain forms: one block and one product at a time, so that nothing K times as wide is held in the precision of the coefficients
@@ -260,7 +258,7 @@ def altup_split(state: Tensor, computed: int, fused: bool | None = None) -> tupl
 
     The gradient of x_j is added to block j of the other's, in place: for the second output, use `altup_mix` and `altup_predict` only.
     """
-    return _Split.apply(state, computed, _runs_fused(state, fused))
+    return _Split.apply(state, computed, is_fused(state, fused, _fits(state)))
 
 
 def altup_predict(state: Tensor, row: Tensor, computed: int, fused: bool | None = None) -> Tensor:
@@ -274,7 +272,7 @@ def altup_predict(state: Tensor, row: Tensor, computed: int, fused: bool | None 
 
     Returns: [T, P, d], dtype of the state.
     """
-    if _runs_fused(state, fused):
+    if is_fused(state, fused, _fits(state)):
         return _fused_predict(state, row, computed)
     return _Predict.apply(state, row, computed)
 
@@ -301,6 +299,6 @@ def altup_mix(
 
     Returns: [T, P, K, d], dtype of the state.
     """
-    if _runs_fused(state, fused):
+    if is_fused(state, fused, _fits(state)):
         return _fused_mix(state, update, predict, correct, computed, predicted)
     return _Mix.apply(state, update, predict, correct, computed, predicted)

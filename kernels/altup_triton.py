@@ -18,12 +18,13 @@ run in. EVEN: rows consist of whole tiles.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from megascale.kernels.operands_triton import compute_type, dense_rows
+from megascale.kernels.precision import wide_dtype
 
 WARPS = 4
 PROGRAMS = 1024
@@ -230,7 +231,9 @@ class _Tiles:
     vector: int
     warps: int
     by_row: int
+    """tiles of a row"""
     everything: int
+    """tiles of all rows"""
     even: bool
 
     @property
@@ -258,14 +261,9 @@ def _cut(state: Tensor, rows: int, most_warps: int = WARPS, vector_bytes: int = 
     return _Tiles(warps * one // vector, vector, warps, by_row, rows * by_row, bool(even))
 
 
-def _wide(coefficients: Tensor) -> tuple[torch.dtype, Any]:
-    """What sums run in, for torch and for Triton."""
-    return (torch.float64, tl.float64) if coefficients.dtype == torch.float64 else (torch.float32, tl.float32)
-
-
 def _rows(x: Tensor) -> tuple[Tensor, int, int]:
     """x [T, P, ..., d] with neighbours in the last dimension, and its strides of a token and of a stream; 0 where all streams share it."""
-    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    x = dense_rows(x)
     return x, x.stride(0), 0 if x.shape[1] == 1 else x.stride(1)
 
 
@@ -287,7 +285,7 @@ def mix(state: Tensor, update: Tensor, predict: Tensor, correct: Tensor, compute
     _mix_kernel[(tiles.everything,)](
         state, *state_strides, state.stride(2), *_rows(update), *_coefficients(predict, 2), *_coefficients(correct, 1),
         out, streams, tiles.by_row, width,
-        K=blocks, J=computed, PREDICTED=predicted, WIDE=_wide(predict)[1], **tiles.constants,
+        K=blocks, J=computed, PREDICTED=predicted, WIDE=compute_type(predict), **tiles.constants,
     )  # fmt: skip
     return out
 
@@ -297,7 +295,7 @@ def mix_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `altup_mix`: of state, update, predict, correct."""
     (tokens, streams, width), blocks, by_token = update.shape, state.shape[2], predict.ndim > 2
-    rows, (dtype, wide) = tokens * streams, _wide(predict)
+    rows, dtype = tokens * streams, wide_dtype(predict)
     grad_state, grad_update = state.new_empty(tokens, streams, blocks, width), update.new_empty(update.shape)
     outer = (tokens, streams) if by_token else ()
     grad_predict, grad_correct = (predict.new_empty(*outer, *size, dtype=dtype) for size in ((blocks, blocks), (blocks,)))
@@ -308,7 +306,7 @@ def mix_backward(
     parts = predict.new_empty(0 if by_token else blocks * (blocks + 1) * programs, dtype=dtype)
     (grad, *grad_strides), (state_rows, *state_strides) = _rows(grad), _rows(state)
     c, e = _coefficients(predict, 2), _coefficients(correct, 1)
-    constants = {"K": blocks, "J": computed, "PREDICTED": predicted, "WIDE": wide}
+    constants = {"K": blocks, "J": computed, "PREDICTED": predicted, "WIDE": compute_type(predict)}
     _mix_backward_kernel[(programs,)](
         grad, *grad_strides, grad.stride(2), state_rows, *state_strides, state_rows.stride(2), *_rows(update), *c, *e,
         grad_state, grad_update, grad_predict, grad_correct, parts, streams, tiles.by_row, width, tiles.everything, programs,
@@ -333,7 +331,7 @@ def predict(state: Tensor, row: Tensor, computed: int) -> Tensor:
     tiles, (state, *strides) = _cut(state, tokens * streams), _rows(state)
     _predict_kernel[(tiles.everything,)](
         state, *strides, state.stride(2), *_coefficients(row, 1), out, streams, tiles.by_row, width,
-        K=blocks, J=computed, WIDE=_wide(row)[1], **tiles.constants,
+        K=blocks, J=computed, WIDE=compute_type(row), **tiles.constants,
     )  # fmt: skip
     return out
 
@@ -341,17 +339,17 @@ def predict(state: Tensor, row: Tensor, computed: int) -> Tensor:
 def predict_backward(grad: Tensor, state: Tensor, row: Tensor, computed: int) -> tuple[Tensor, Tensor]:
     """The gradients of `altup_predict`: of state and row."""
     (tokens, streams, blocks, width), by_token = state.shape, row.ndim > 1
-    rows, (dtype, wide) = tokens * streams, _wide(row)
+    rows = tokens * streams
     grad_state = state.new_empty(state.shape)
     if not grad_state.numel():
         return grad_state, row.new_zeros(row.shape)
     tiles = _cut(state, rows, 1 if by_token else WARPS)
     programs = rows if by_token else tiles.programs
-    parts = row.new_empty((tokens, streams, blocks) if by_token else (blocks, programs), dtype=dtype)
+    parts = row.new_empty((tokens, streams, blocks) if by_token else (blocks, programs), dtype=wide_dtype(row))
     state, *strides = _rows(state)
     _predict_backward_kernel[(programs,)](
         *_rows(grad), state, *strides, state.stride(2), *_coefficients(row, 1), grad_state, parts,
         streams, tiles.by_row, width, tiles.everything, programs,
-        K=blocks, J=computed, BY_TOKEN=by_token, WIDE=wide, **tiles.constants,
+        K=blocks, J=computed, BY_TOKEN=by_token, WIDE=compute_type(row), **tiles.constants,
     )  # fmt: skip
     return grad_state, (parts if by_token else parts.sum(1)).to(row.dtype)

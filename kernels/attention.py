@@ -15,6 +15,8 @@ Context: keys and values of N tokens, [N, P*G, D], and spans, int64 [n, 4] on th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,11 +25,13 @@ from megascale.kernels.flash import (
     flash_backward,
     flash_forward,
     has_flash,
+    math_backward,
     math_forward,
     packed_flash_backward,
     packed_flash_forward,
 )
-from megascale.kernels.merge import merge_streams_by_lse, streams_first
+from megascale.kernels.merge import merge_by_lse, merge_streams_by_lse, streams_first
+from megascale.kernels.precision import wide_dtype
 
 Context = tuple[Tensor, Tensor, Tensor]
 """Keys, values and spans, see above."""
@@ -35,6 +39,28 @@ Context = tuple[Tensor, Tensor, Tensor]
 
 PADDING = 64
 """Document lengths are rounded up to this many tokens: the CPU kernels compile themselves anew for each length they meet."""
+
+
+class PrefixMaths:
+    """Attention to the prefixes on a CPU as maths that is compiled: with so few keys torch's flash kernel and the merge take two to three
+    times as long. None: there is no compiler, or it was not asked for.
+    """
+
+    merge: Callable[..., Pair] | None = None
+    gradients: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+
+    @classmethod
+    def compile(cls) -> None:
+        """Use torch.compile for it from now on."""
+        cls.merge, cls.gradients = staticmethod(torch.compile(merge_prefixes)), staticmethod(torch.compile(math_backward))
+
+
+def merge_prefixes(out: Tensor, lse: Tensor, by_stream: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Pair:
+    """out [T, P*H, D] and lse [T, P*H] of all keys, from those [T, H or P*H, ...] of the keys but the prefixes."""
+    heads = by_stream.shape[1]
+    here, here_lse = (streams_first(x, x.shape[1] // heads) for x in (out, lse))
+    out, lse = merge_by_lse(here, here_lse, *math_forward(by_stream, prefix_k, prefix_v, None))
+    return out.movedim(2, 0).flatten(1, 2).contiguous(), lse.movedim(2, 0).flatten(1, 2).contiguous()
 
 
 def _batches(borders: Tensor, tokens: int) -> list[Tensor]:
@@ -70,7 +96,7 @@ def _packed_forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: i
     if has_flash(q):
         return packed_flash_forward(q, k, v, borders, longest, window)
     out = q.new_empty(q.shape[0] + 1, *q.shape[1:])
-    lse = q.new_empty(out.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(out.shape[:2], dtype=wide_dtype(q))
     for batch in _batches(borders, q.shape[0]):
         part, part_lse = flash_forward(_take(q, batch), _take(k, batch), _take(v, batch), True, window)
         _put(out, batch, part)
@@ -158,13 +184,15 @@ def _attention(
     streams, here = prefix_k.shape[0], k.shape[1] // prefix_k.shape[1]
     prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
     by_stream = streams_first(q, here).expand(streams, -1, -1, -1)
+    if q.device.type == "cpu" and PrefixMaths.merge is not None:
+        return PrefixMaths.merge(out, lse, by_stream, prefix_k, prefix_v)
     return merge_streams_by_lse(out.contiguous(), lse, *flash_forward(by_stream, prefix_k, prefix_v, False), fused)
 
 
 @_attention.register_fake
 def _(q, k, v, prefix_k, prefix_v, keys, values, spans, borders, longest, window, fused=True):
     heads = q.shape[1] if prefix_k is None else q.shape[1] * prefix_k.shape[0] * prefix_k.shape[1] // k.shape[1]
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     return q.new_empty(q.shape[0], heads, q.shape[2]), q.new_empty(q.shape[0], heads, dtype=wide)
 
 
@@ -176,7 +204,7 @@ def _shared_backward(
     if streams == 1:
         return _document_backward(grad, q, k, v, out, lse, borders, longest, window, context)
     shared = (q, k, v) if context is None else (q, k, v, *context[:2])
-    sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in shared]
+    sums = [torch.zeros_like(x, dtype=wide_dtype(x)) for x in shared]
     for one in zip(*(x.chunk(streams, 1) for x in (grad, out, lse)), strict=True):
         one_grad, one_out, one_lse = (x.contiguous() for x in one)
         parts = _document_backward(one_grad, q, k, v, one_out, one_lse, borders, longest, window, context)
@@ -200,7 +228,11 @@ def _attention_backward(
     prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
     views = [streams_first(x, streams) for x in (grad, out, lse)]
     by_stream = streams_first(q, here).expand(streams, -1, -1, -1)
-    more_q, grad_prefix_k, grad_prefix_v = flash_backward(views[0], by_stream, prefix_k, prefix_v, views[1], views[2], False)
+    if q.device.type == "cpu" and PrefixMaths.gradients is not None:
+        found = PrefixMaths.gradients(views[0], by_stream, prefix_k, prefix_v, views[1], views[2], None)
+    else:
+        found = flash_backward(views[0], by_stream, prefix_k, prefix_v, views[1], views[2], False)
+    more_q, grad_prefix_k, grad_prefix_v = found
     if here < streams:
         more_q = more_q.sum(0, keepdim=True, dtype=grad_q.dtype)
     streams_first(grad_q, here).add_(more_q)

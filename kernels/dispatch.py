@@ -15,15 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def is_fused(x: Tensor, fused: bool | None) -> bool:
-    """Whether a function of x uses its kernel: None = on CUDA devices, True = its custom operator, also where that has no kernel."""
-    return x.is_cuda if fused is None else fused
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
+from megascale.kernels.fused import is_fused
+from megascale.kernels.precision import widen
 
 # Sorting --------------------------------------------------------------------------------------------------------------
 
@@ -37,26 +30,26 @@ def sort_copies_reference(experts: Tensor, count: int) -> tuple[Tensor, Tensor, 
     return order, torch.where(experts < count, place, order.numel()), ends.diff(prepend=ends.new_zeros(1))
 
 
-@torch.library.custom_op("megascale::sort_copies", mutates_args=(), device_types="cpu")
-def _sort(experts: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    return sort_copies_reference(experts, count)
-
-
-@_sort.register_kernel("cuda")
-def _(experts, count):
+@torch.library.custom_op("megascale::sort_copies", mutates_args=())
+def _sort(experts: Tensor, count: int, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if not (fused and experts.is_cuda):
+        return sort_copies_reference(experts, count)
     from megascale.kernels.dispatch_triton import sort_copies
 
     return sort_copies(experts, count)
 
 
 @_sort.register_fake
-def _(experts, count):
+def _(experts, count, fused):
     number = experts.new_empty(experts.numel(), dtype=torch.int64)
     return number, experts.new_empty(experts.shape, dtype=torch.int64), experts.new_empty(count, dtype=torch.int64)
 
 
 def sort_copies(experts: Tensor, count: int, fused: bool | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The copies sorted by expert, those of one expert in the order of the tokens. Nothing waits for the device.
+
+    It is an operator in plain PyTorch too: torch.compile may read what is scattered into before it is (torch 2.13, CPU; like its issue
+    198270), and here it did so beside a router's counts.
 
     Args:
         experts: int64 [N, k], the expert of each choice; E: none.
@@ -65,10 +58,8 @@ def sort_copies(experts: Tensor, count: int, fused: bool | None = None) -> tuple
     Returns: order [M], the flat index of the choice at each place; place [N, k], its inverse, M for choices without an expert; and the
     numbers [E] of the experts' copies. All int64.
     """
-    if is_fused(experts, fused):
-        order, place, counts = _sort(experts, count)
-        return order, place, counts
-    return sort_copies_reference(experts, count)
+    order, place, counts = _sort(experts, count, is_fused(experts, fused))
+    return order, place, counts
 
 
 # Custom operators: copies and their sums, each the other's gradient ----------------------------------------------------------------
@@ -93,9 +84,13 @@ def _(x, place, rows):
     return x.new_empty(rows, x.shape[1])
 
 
+def _with_zeros(x: Tensor) -> Tensor:
+    return torch.cat([x, x.new_zeros(1, x.shape[1])])
+
+
 def _pick(x: Tensor, place: Tensor) -> Tensor:
     """[N, k, d] in fp32 or wider, zeros for nowhere."""
-    return torch.cat([_wide(x), x.new_zeros(1, x.shape[1], dtype=_wide(x).dtype)])[place]
+    return _with_zeros(widen(x))[place]
 
 
 @torch.library.custom_op("megascale::sum_copies", mutates_args=(), device_types="cpu")
@@ -135,8 +130,8 @@ def _(x, weights, place):
 @torch.library.custom_op("megascale::weighted_sum_backward", mutates_args=(), device_types="cpu")
 def _weighted_sum_backward(grad: Tensor, x: Tensor, weights: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
     grad_x = x.new_zeros(x.shape[0] + 1, x.shape[1])
-    grad_x[place] = (_wide(grad)[:, None] * weights[..., None]).to(x.dtype)
-    return grad_x[:-1].clone(), (_pick(x, place) * _wide(grad)[:, None]).sum(-1).to(weights.dtype)
+    grad_x[place] = (widen(grad)[:, None] * weights[..., None]).to(x.dtype)
+    return grad_x[:-1].clone(), (_pick(x, place) * widen(grad)[:, None]).sum(-1).to(weights.dtype)
 
 
 @_weighted_sum_backward.register_kernel("cuda")
@@ -203,10 +198,6 @@ class _TakeRows(torch.autograd.Function):
         if ctx.some_nowhere:
             grad = _with_zeros(grad)
         return (grad[places[:, 0]] if places.shape[1] == 1 else grad[places].sum(1)), None, None, None
-
-
-def _with_zeros(x: Tensor) -> Tensor:
-    return torch.cat([x, x.new_zeros(1, x.shape[1])])
 
 
 def take_rows(x: Tensor, index: Tensor, places: Tensor, some_nowhere: bool = False, fused: bool | None = None) -> Tensor:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megascale.kernels.operands_triton import compute_type, dense_rows
+
 # Sorting --------------------------------------------------------------------------------------------------------------
 # As a radix sort's one pass over digits (Satish, Harris, Garland 2009, section 4): each block counts its experts, a scan over the blocks
 # says how many copies of an expert come before each, and every block then places its own copies.
@@ -42,19 +44,9 @@ def _scan_blocks(table, totals, blocks, CHUNK: tl.constexpr):
 
 @triton.jit
 def _place_block(
-    experts,
-    table,
-    totals,
-    order,
-    place,
-    counts,
-    copies,
-    blocks,
-    count,
-    BLOCK: tl.constexpr,
-    BINS: tl.constexpr,
-    STEP: tl.constexpr,
-):
+    experts, table, totals, order, place, counts, copies, blocks, count,
+    BLOCK: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     first = block * BLOCK
     at = first + tl.arange(0, BLOCK)
@@ -129,18 +121,9 @@ def _write_copies(x, place, out, x_stride, width, rows, K: tl.constexpr, BLOCK: 
 
 @triton.jit
 def _sum_copies(
-    x,
-    weights,
-    place,
-    out,
-    x_stride,
-    width,
-    rows,
-    K: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, weights, place, out, x_stride, width, rows,
+    K: tl.constexpr, WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """out[n] = sum over c of weights[n, c] x[place[n, c]], rounded once."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -157,21 +140,9 @@ def _sum_copies(
 
 @triton.jit
 def _weighted_sum_backward(
-    grad,
-    x,
-    weights,
-    place,
-    grad_x,
-    grad_weights,
-    grad_stride,
-    x_stride,
-    width,
-    rows,
-    K: tl.constexpr,
-    CHOICES: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad, x, weights, place, grad_x, grad_weights, grad_stride, x_stride, width, rows,
+    K: tl.constexpr, CHOICES: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """grad_x[place[n, c]] = weights[n, c] grad[n] and grad_weights[n, c] = <grad[n], x[place[n, c]]>. Every row is read once."""
     row = tl.program_id(0).to(tl.int64)
     choice = tl.arange(0, CHOICES)
@@ -190,15 +161,6 @@ def _weighted_sum_backward(
     tl.store(grad_weights + row * K + choice, tl.sum(dots, 1).to(grad_weights.dtype.element_ty), mask=choice < K)
 
 
-def _compute(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
-def _by_rows(x: Tensor) -> Tensor:
-    """x with the elements of a row next to each other; rows may be anywhere."""
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
-
-
 def _tile(width: int, number: int = 1) -> tuple[int, int]:
     """Columns of a tile of `number` rows, and warps for it: 16 elements a thread, two accesses of 128 bits in bf16, and up to 32 in the
     largest tile, 8192 elements on 8 warps."""
@@ -208,7 +170,7 @@ def _tile(width: int, number: int = 1) -> tuple[int, int]:
 
 def write_copies(x: Tensor, place: Tensor, rows: int) -> Tensor:
     """[rows, d]: x [N, d] at the places [N, k] of its copies; rows that are no place are not written."""
-    x, out = _by_rows(x), x.new_empty(rows, x.shape[1])
+    x, out = dense_rows(x), x.new_empty(rows, x.shape[1])
     if x.numel() == 0 or rows == 0:
         return out
     block, warps = _tile(x.shape[1])
@@ -220,25 +182,15 @@ def write_copies(x: Tensor, place: Tensor, rows: int) -> Tensor:
 
 def sum_copies(x: Tensor, place: Tensor, weights: Tensor | None = None) -> Tensor:
     """[N, d]: sums of x [M, d] over the places [N, k], times the weights [N, k]; a place of M or more counts as zeros."""
-    x, place, out = _by_rows(x), place.contiguous(), x.new_empty(place.shape[0], x.shape[1])
+    x, place, out = dense_rows(x), place.contiguous(), x.new_empty(place.shape[0], x.shape[1])
     if out.numel() == 0:
         return out
     weights = None if weights is None else weights.contiguous()
     block, warps = _tile(x.shape[1])
     _sum_copies[(place.shape[0], triton.cdiv(x.shape[1], block))](
-        x,
-        weights,
-        place,
-        out,
-        x.stride(0),
-        x.shape[1],
-        x.shape[0],
-        K=place.shape[1],
-        WEIGHTED=weights is not None,
-        COMPUTE=_compute(x),
-        BLOCK=block,
-        num_warps=warps,
-    )
+        x, weights, place, out, x.stride(0), x.shape[1], x.shape[0],
+        K=place.shape[1], WEIGHTED=weights is not None, COMPUTE=compute_type(x), BLOCK=block, num_warps=warps,
+    )  # fmt: skip
     return out
 
 
@@ -246,7 +198,7 @@ def weighted_sum_backward(grad: Tensor, x: Tensor, weights: Tensor, place: Tenso
     """The gradients of x [M, d] (rows that are no place are not written) and of the weights [N, k], of the gradient [N, d] of
     `sum_copies`.
     """
-    grad, x, weights, place = _by_rows(grad), _by_rows(x), weights.contiguous(), place.contiguous()
+    grad, x, weights, place = dense_rows(grad), dense_rows(x), weights.contiguous(), place.contiguous()
     grad_x, grad_weights = x.new_empty(x.shape), weights.new_empty(weights.shape)
     if place.numel() == 0:
         return grad_x, grad_weights
@@ -256,20 +208,7 @@ def weighted_sum_backward(grad: Tensor, x: Tensor, weights: Tensor, place: Tenso
     choices = triton.next_power_of_2(k)
     block, warps = _tile(x.shape[1], choices)
     _weighted_sum_backward[(place.shape[0],)](
-        grad,
-        x,
-        weights,
-        place,
-        grad_x,
-        grad_weights,
-        grad.stride(0),
-        x.stride(0),
-        x.shape[1],
-        x.shape[0],
-        K=k,
-        CHOICES=choices,
-        COMPUTE=_compute(x),
-        BLOCK=block,
-        num_warps=warps,
-    )
+        grad, x, weights, place, grad_x, grad_weights, grad.stride(0), x.stride(0), x.shape[1], x.shape[0],
+        K=k, CHOICES=choices, COMPUTE=compute_type(x), BLOCK=block, num_warps=warps,
+    )  # fmt: skip
     return grad_x, grad_weights

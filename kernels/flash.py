@@ -16,6 +16,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from megascale.kernels.precision import wide_dtype, widen
+
 Pair = tuple[Tensor, Tensor]
 IMPLEMENTATIONS = {9: (("FA3", "flash_attn_interface"),), 10: (("FA4", "flash_attn.cute.interface"),)}
 """What is faster than the FlashAttention 2 in torch, by major compute capability: torch's name for it, and its module. FlashAttention 3
@@ -66,32 +68,30 @@ def math_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Pair:
     """Plain attention of [B,H,S,D] with [B,G,N,D]; mask [S,N] is True where visible. Returns out and lse [B,H,S], fp32 or wider."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = _wide(q) @ _wide(k).transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores = widen(q) @ widen(k).transpose(-1, -2) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     lse = scores.logsumexp(-1)
-    return ((scores - lse[..., None]).exp() @ _wide(v)).to(q.dtype), lse
+    return ((scores - lse[..., None]).exp() @ widen(v)).to(q.dtype), lse
 
 
 def math_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_math_forward` for a given (out, lse), which may be those of a larger softmax."""
+    """Gradients of `math_forward` for a given (out, lse), which may be those of a larger softmax. Like flash kernels it multiplies in the
+    dtype of the inputs; scores alone are as wide as in the forward pass.
+    """
     heads, groups, scale = q.shape[1], k.shape[1], q.shape[-1] ** -0.5
-    wide_k, wide_v = (_wide(x).repeat_interleave(heads // groups, 1) for x in (k, v))
-    scores = _wide(q) @ wide_k.transpose(-1, -2) * scale
+    keys, values = (x.repeat_interleave(heads // groups, 1) for x in (k, v))
+    scores = widen(q) @ widen(keys).transpose(-1, -2) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = (scores - lse[..., None]).exp()
-    inner = _wide(grad) @ wide_v.transpose(-1, -2) - (_wide(grad) * _wide(out)).sum(-1, keepdim=True)
-    grad_scores = weights * inner * scale
-    grad_k, grad_v = grad_scores.transpose(-1, -2) @ _wide(q), weights.transpose(-1, -2) @ _wide(grad)
+    inner = widen(grad @ values.transpose(-1, -2)) - (widen(grad) * widen(out)).sum(-1, keepdim=True)
+    grad_scores = (weights * inner * scale).to(q.dtype)
+    grad_k, grad_v = grad_scores.transpose(-1, -2) @ q, weights.to(q.dtype).transpose(-1, -2) @ grad
     fold = (q.shape[0], groups, heads // groups, *grad_k.shape[2:])
-    return (grad_scores @ wide_k).to(q.dtype), grad_k.view(fold).sum(2).to(k.dtype), grad_v.view(fold).sum(2).to(v.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return grad_scores @ keys, grad_k.view(fold).sum(2), grad_v.view(fold).sum(2)
 
 
 def _window_mask(rows: int, window: int, device: torch.device) -> Tensor:
@@ -102,7 +102,7 @@ def _window_mask(rows: int, window: int, device: torch.device) -> Tensor:
 
 def _limited_mask(q: Tensor, window: int) -> Tensor:
     """The window as the CPU kernel takes it: additive, fp32 or q's own width (an fp32 mask with fp64 q is misread in silence)."""
-    mask = torch.zeros(q.shape[2], q.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
+    mask = torch.zeros(q.shape[2], q.shape[2], dtype=wide_dtype(q))
     return mask.masked_fill_(~_window_mask(q.shape[2], window, q.device), float("-inf"))[None, None]
 
 

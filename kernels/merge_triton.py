@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megascale.kernels.operands_triton import compute_type, dense_rows
+
 ELEMENTS = 4096
 """Of a program, 16 for each of 256 threads: with two parts of 32 bytes, enough loads are under way."""
 
@@ -40,7 +42,7 @@ def _merge_kernel(
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
     """See `merge.merge_streams_by_lse`."""
     streams, heads, tokens, width = more.shape
-    more = more if more.stride(-1) == 1 else more.contiguous()
+    more = dense_rows(more)
     merged = out if out.shape[1] == streams * heads else out.new_empty(tokens, streams * heads, width)
     # of its own: a row's log-sum-exp is read by all threads that have a part of the row
     merged_lse = lse.new_empty(tokens, streams * heads)
@@ -51,6 +53,6 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Ten
             out, lse, more, more_lse, merged, merged_lse, tokens * streams * heads, width,
             *lse.stride(), *more.stride()[:3], *more_lse.stride(),
             HEADS=streams * heads, HEADS1=out.shape[1], HEADS2=heads, ROWS=tile, COLUMNS=columns,
-            WIDE=tl.float64 if lse.dtype == torch.float64 else tl.float32, num_warps=4 if torch.version.hip else 8,
+            WIDE=compute_type(lse), num_warps=4 if torch.version.hip else 8,
         )  # fmt: skip
     return merged, merged_lse

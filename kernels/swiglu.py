@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megascale.kernels.dispatch import is_fused
+from megascale.kernels.fused import is_fused
+from megascale.kernels.precision import widen
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
     """In fp32 or wider, and contiguous: with other strides torch's exponentials differ in the last bit."""
-    return [(x if x.dtype == torch.float64 else x.float()).contiguous() for x in tensors]
+    return [widen(x).contiguous() for x in tensors]
 
 
 def _reference_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

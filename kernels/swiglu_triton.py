@@ -5,28 +5,18 @@ A program has one row, since a row's sum is the gradient of its weight; rows fro
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from megascale.kernels.operands_triton import compute_type, dense_rows
+
 
 @triton.jit
 def _forward(
-    gate,
-    up,
-    weights,
-    order,
-    ends,
-    out,
-    gate_stride,
-    up_stride,
-    width,
-    experts,
-    WEIGHTED: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    gate, up, weights, order, ends, out, gate_stride, up_stride, width, experts,
+    WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -42,24 +32,9 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad,
-    gate,
-    up,
-    weights,
-    order,
-    ends,
-    grad_gate,
-    grad_up,
-    grad_weights,
-    grad_stride,
-    gate_stride,
-    up_stride,
-    width,
-    experts,
-    WEIGHTED: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad, gate, up, weights, order, ends, grad_gate, grad_up, grad_weights, grad_stride, gate_stride, up_stride, width, experts,
+    WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     live = row >= 0
     if WEIGHTED:
@@ -85,14 +60,6 @@ def _backward(
         tl.store(grad_weights + choice, tl.sum(dots, 0).to(grad_weights.dtype.element_ty))
 
 
-def _compute(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
-def _by_rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
-
-
 def _tile(width: int) -> tuple[int, int]:
     """Columns at a time, and warps for them: 16 elements a thread, two accesses of 128 bits in bf16; fine-grained experts are narrow, and a
     row of theirs is one tile."""
@@ -104,26 +71,15 @@ def swiglu(
     gate: Tensor, up: Tensor, weights: Tensor | None = None, order: Tensor | None = None, ends: Tensor | None = None
 ) -> Tensor:
     """See `megascale.kernels.swiglu`; with weights, rows from `ends[-1]` on are not written."""
-    gate, up, out = _by_rows(gate), _by_rows(up), gate.new_empty(gate.shape)
+    gate, up, out = dense_rows(gate), dense_rows(up), gate.new_empty(gate.shape)
     if out.numel() == 0:
         return out
     block, warps = _tile(gate.shape[1])
     _forward[(gate.shape[0], triton.cdiv(gate.shape[1], block))](
-        gate,
-        up,
-        None if weights is None else weights.contiguous(),
-        order,
-        ends,
-        out,
-        gate.stride(0),
-        up.stride(0),
-        gate.shape[1],
-        0 if ends is None else ends.numel(),
-        WEIGHTED=weights is not None,
-        COMPUTE=_compute(gate),
-        BLOCK=block,
-        num_warps=warps,
-    )
+        gate, up, None if weights is None else weights.contiguous(), order, ends, out,
+        gate.stride(0), up.stride(0), gate.shape[1], 0 if ends is None else ends.numel(),
+        WEIGHTED=weights is not None, COMPUTE=compute_type(gate), BLOCK=block, num_warps=warps,
+    )  # fmt: skip
     return out
 
 
@@ -131,7 +87,7 @@ def swiglu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, weights: Tensor | None = None, order: Tensor | None = None, ends: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of gate and up (with weights, rows from `ends[-1]` on are not written), and of the weights, of that of the result."""
-    grad, gate, up = _by_rows(grad), _by_rows(gate), _by_rows(up)
+    grad, gate, up = dense_rows(grad), dense_rows(gate), dense_rows(up)
     weights = None if weights is None else weights.contiguous()
     grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
     grad_weights = None if weights is None else weights.new_empty(weights.shape)
@@ -139,23 +95,8 @@ def swiglu_backward(
         return grad_gate, grad_up, None if grad_weights is None else grad_weights.zero_()
     block, warps = _tile(gate.shape[1])
     _backward[(gate.shape[0],)](
-        grad,
-        gate,
-        up,
-        weights,
-        order,
-        ends,
-        grad_gate,
-        grad_up,
-        grad_weights,
-        grad.stride(0),
-        gate.stride(0),
-        up.stride(0),
-        gate.shape[1],
-        0 if ends is None else ends.numel(),
-        WEIGHTED=weights is not None,
-        COMPUTE=_compute(gate),
-        BLOCK=block,
-        num_warps=warps,
-    )
+        grad, gate, up, weights, order, ends, grad_gate, grad_up, grad_weights,
+        grad.stride(0), gate.stride(0), up.stride(0), gate.shape[1], 0 if ends is None else ends.numel(),
+        WEIGHTED=weights is not None, COMPUTE=compute_type(gate), BLOCK=block, num_warps=warps,
+    )  # fmt: skip
     return grad_gate, grad_up, grad_weights

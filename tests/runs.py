@@ -50,8 +50,9 @@ observe: {{wandb: {{mode: "off"}}}}
 def write_config(folder: Path, corpus: Path) -> Path:
     """The YAML file of a tiny run whose run folders lie below `folder`."""
     path = folder / "tiny.yaml"
-    path.write_text(PATTERN.format(runs=folder / "runs", corpus=corpus))
-    return path
+    mine = folder / f"tiny-{os.getpid()}.yaml"  # ranks may share the folder, and none may read half a file
+    mine.write_text(PATTERN.format(runs=folder / "runs", corpus=corpus))
+    return mine.replace(path)
 
 
 def tiny_config(folder: Path, corpus: Path, *overrides: str) -> Config:

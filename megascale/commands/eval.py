@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megascale.commands.trained_model import add_model_arguments, add_precision_argument, open_model
 from megascale.config.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,12 +22,7 @@ LONGEST = 4096
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
-    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="runs/NAME, or a Hugging Face folder")
-    parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest good one")
-    parser.add_argument(
-        "--streams", type=Path, metavar="FOLDER",
-        help="prefixes and aggregator for this model as the trunk: what `megascale streams save` wrote, or the run that trained them",
-    )  # fmt: skip
+    add_model_arguments(parser)
     parser.add_argument("--sequences", default="all", metavar="N|all", help="sequences scored, from the first on (default: all)")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--source", help="only the held-out text of this source")
@@ -40,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="windows that overlap, each S tokens further: all tokens behind the first window see at least"
         " sequence_length - S tokens before them (default: sequence_length, no overlap)",
     )  # fmt: skip
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
+    add_precision_argument(parser)
     parser.add_argument(
         "--parallel", metavar="LAYOUT",
         help="of the ranks that a launcher starts: axes dp, pp, stream, cp, tp, ep, etp and context as in a config's section parallel, for"
@@ -70,13 +66,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace, team: Team) -> int:
     from megascale.train.evaluate import evaluate, text_sequences, validation_sequences
-    from megascale.train.load_run import load_model
-    from megascale.train.stream_sets import open_set
 
     count = sequence_count(arguments.sequences)
-    loaded = load_model(arguments.run, arguments.step, arguments.precision, team, arguments.sequence_length)
-    if arguments.streams is not None:
-        loaded = team.together(lambda: loaded.with_streams(open_set(arguments.streams)))
+    loaded = open_model(arguments, team, arguments.sequence_length)
     length = _length(arguments.sequence_length, loaded)
 
     def sets() -> dict[str, SequenceSet]:

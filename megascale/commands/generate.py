@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megascale.commands.trained_model import add_model_arguments, add_precision_argument, open_model
 from megascale.config.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,12 +22,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
-    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="runs/NAME, or a Hugging Face folder")
-    parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest good one")
-    parser.add_argument(
-        "--streams", type=Path, metavar="FOLDER",
-        help="prefixes and aggregator for this model as the trunk: what `megascale streams save` wrote, or the run that trained them",
-    )  # fmt: skip
+    add_model_arguments(parser)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
     prompt.add_argument("--prompt-file", metavar="FILE", help="read it from a file, or from stdin with -")
@@ -38,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=int, default=1, help="continuations; a single one is printed as it comes (default: 1)")
     parser.add_argument("--seed", type=int, default=1, help="of the random choices (default: 1)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
+    add_precision_argument(parser)
     parser.add_argument(
         "--parallel", metavar="LAYOUT",
         help="of the ranks that a launcher starts: axes dp, pp, tp, ep, etp, for example"
@@ -73,14 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, options: SamplingOptions, team: Team) -> int:
-    from megascale.train.load_run import load_model
-    from megascale.train.stream_sets import open_set
-
     prompt = team.of_leader(lambda: arguments.prompt if arguments.prompt_file is None else _read_prompt(arguments.prompt_file))
     # the ranks share whole texts, not the tokens of one, whose number the layout therefore need not divide
-    loaded = load_model(arguments.run, arguments.step, arguments.precision, team, length=team.parallel.tp)
-    if arguments.streams is not None:
-        loaded = team.together(lambda: loaded.with_streams(open_set(arguments.streams)))
+    loaded = open_model(arguments, team, length=team.parallel.tp)
     ids = team.together(lambda: _encode(loaded, prompt))
     context = loaded.config.data.sequence_length
     notes = []

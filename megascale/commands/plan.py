@@ -1,16 +1,19 @@
-"""`megascale plan`: the fastest layouts of a run on a cluster, with memory, days and price; the planner's errors on published runs."""
+"""`megascale plan`: the fastest layouts of a run on a cluster, with memory, days and price; the planner's errors on published runs.
+
+`plan axes` and `plan scaling` have modules of their own.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megascale.commands import plan_axes
+from megascale.commands import plan_axes, plan_scaling
+from megascale.commands.written import save
 from megascale.config.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,16 +27,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="the planner's errors on published runs, instead of a plan")
     parser.add_argument("--config", type=Path, help="YAML file of the run; its own layout is not read")
     parser.add_argument("--cluster", metavar="NAME", help="a name in configs/clusters (a100, h100, h200, b200), or a YAML file")
-    parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs")
+    parser.add_argument("--gpus", metavar="N", help="number of GPUs; with scaling several: 8,64,512")
     parser.add_argument("--tokens", type=float, metavar="D", help="training tokens, for days and price; default: the run's steps")
     parser.add_argument(
         "--imbalance", type=float, default=1.0, metavar="X", help="rows of the fullest expert rank over an even share; default: 1"
     )
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show; default: 10")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the run with the fastest layout there")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="write the run with the fastest layout there; axes: that of a design"
+    )
     parser.add_argument("--slurm", type=Path, metavar="FILE", help="with --write: write the run's SLURM job script there")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PATH", help="scaling: a picture, .png, .pdf or .svg; axes: a folder for pictures"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file; or `axes`")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="settings that win over the file; `axes`, or `scaling` and settings"
+    )
+    plan_scaling.add_arguments(parser)
     plan_axes.add_arguments(parser)
 
 
@@ -46,11 +57,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.overrides[:1] == ["axes"]:
         return plan_axes.run(arguments)
     plan_axes.refuse_axis_options(arguments)
+    if arguments.overrides[:1] == ["scaling"]:
+        return plan_scaling.run(arguments)
+    for name in ("plot", "weak"):
+        if getattr(arguments, name):
+            raise InputError(f"--{name}", "is read by the scaling and the axes only", "megascale plan scaling --config FILE ...")
     if arguments.check:
         return _check(arguments)
     for name in ("config", "cluster", "gpus"):
         if getattr(arguments, name) is None:
             raise InputError(f"--{name}", "is missing", "a plan needs --config, --cluster and --gpus; or give --check alone")
+    gpus = _gpus(arguments.gpus)
     _refuse_senseless(arguments)
     from rich.console import Console
 
@@ -66,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     check(loaded)
     config = resolve(loaded.config)
     started = time.perf_counter()
-    result = search(config, cluster, arguments.gpus, arguments.top, arguments.imbalance)
+    result = search(config, cluster, gpus, arguments.top, arguments.imbalance)
     seconds = time.perf_counter() - started
     tokens = arguments.tokens or config.schedule.steps * result.found[0].plan.step_tokens
     facts = report.plan_facts(result, cluster, tokens, seconds)
@@ -97,8 +114,18 @@ def _check(arguments: argparse.Namespace) -> int:
     return 1 if any(summary["unexplained"] for summary in facts["summary"]) else 0
 
 
+def _gpus(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise InputError("--gpus", f"{text!r} is no whole number", "give for example 64; several with `plan scaling`") from error
+    if number < 1:
+        raise InputError("--gpus", f"{number} is too small", "give at least 1")
+    return number
+
+
 def _refuse_senseless(arguments: argparse.Namespace) -> None:
-    for name, least in (("gpus", 1), ("top", 1), ("imbalance", 1.0)):
+    for name, least in (("top", 1), ("imbalance", 1.0)):
         if not getattr(arguments, name) >= least:
             raise InputError(f"--{name}", f"{getattr(arguments, name)} is too small", f"give at least {least}")
     if arguments.tokens is not None and not 0 < arguments.tokens < math.inf:
@@ -124,7 +151,7 @@ def _write(arguments: argparse.Namespace, loaded: LoadedConfig, found: Found, cl
     batch = config.batch.model_copy(update={"micro_batches": found.plan.micro_batches})
     parallel = found.config.parallel.model_copy(update={"dp": found.plan.dp})
     chosen = config.model_copy(update={"batch": batch, "schedule": schedule, "parallel": parallel})
-    _save(arguments.write, dump(chosen), "--write")
+    save(arguments.write, dump(chosen), "--write")
     check(load_config(arguments.write), found.plan.world)
     if arguments.slurm is not None:
         from megascale.train.job_script import Job, job_script
@@ -135,12 +162,4 @@ def _write(arguments: argparse.Namespace, loaded: LoadedConfig, found: Found, cl
             raise InputError("--slurm", reason, "plan for whole nodes, or use `megascale slurm`")
         job = Job(nodes=found.plan.world // each, gpus=each, ranks=each, time="24:00:00", warning_seconds=600)
         place = config.run
-        _save(arguments.slurm, job_script(job, arguments.write, (), place.name, Path(place.folder) / place.name), "--slurm")
-
-
-def _save(path: Path, text: str, option: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(option, f"{path} cannot be written: {error.strerror}", "choose another file") from error
-    print(f"wrote {path}", file=sys.stderr)
+        save(arguments.slurm, job_script(job, arguments.write, (), place.name, Path(place.folder) / place.name), "--slurm")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from megascale.commands.plan_scaling import whole_numbers
+from megascale.commands.written import save
 from megascale.config.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,20 +20,20 @@ if TYPE_CHECKING:
 
 _OPTIONS = (
     "flops", "gpu_hours", "achieved", "memory", "latency", "unique", "served", "context", "sequence", "streams", "experts", "per_token",
-    "blocks", "stream_share", "blocks_worth", "draws", "details", "law",
+    "blocks", "stream_share", "blocks_worth", "draws", "details", "design", "law",
 )  # fmt: skip
-_NOT_WITH_LAW = ("served", "per_token", "stream_share", "blocks_worth", "details")
+_NOT_WITH_LAW = ("served", "per_token", "stream_share", "blocks_worth", "details", "plot", "write", "design")
 _OF_LAYOUTS = {
     "config": None,
     "gpus": None,
     "tokens": None,
-    "write": None,
     "slurm": None,
     "top": 10,
     "imbalance": 1.0,
     "check": False,
+    "weak": False,
 }
-"""what the verb takes for layouts, and its defaults"""
+"""what the verb takes for layouts and scaling, and its defaults"""
 _DETAILS, _DRAWS = 3, 100
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "B": 1.0, "": 1.0}
 
@@ -58,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--blocks-worth", metavar="K=A", help="a_K fitted to runs of yours: 2=1.05,4=1.1; default: 1")
     add("--draws", type=int, metavar="N", help=f"refits for the intervals; 0 = none; default: {_DRAWS}")
     add("--details", type=int, metavar="N", help=f"designs shown law by law; default: {_DETAILS}")
+    add("--design", metavar="NAME", help='with --write: "3072x24 P1 E8 k2 K1", as the report names it; default: the best score')
     add("--law", choices=("compute-only",), help="what would follow if only compute counted, instead of the search")
 
 
@@ -65,13 +69,21 @@ def run(arguments: argparse.Namespace) -> int:
     """Run it; returns the exit code.
 
     Raises:
-        InputError: see `main_lines`.
+        InputError: see `facts_of`; the pictures or the run cannot be written.
     """
+    facts = facts_of(arguments)
     if arguments.json:
-        print(json.dumps(facts_of(arguments), indent=1, allow_nan=False))
+        print(json.dumps(facts, indent=1, allow_nan=False))
     else:
-        for line in main_lines(arguments):
+        for line in lines_of(facts, arguments):
             print(line)
+    if arguments.plot is not None:
+        from megascale.plan.axis_plots import plot_axes
+
+        for path in plot_axes(facts["curves"], facts["iso_loss"], arguments.plot):
+            print(f"wrote {path}", file=sys.stderr)
+    if arguments.write is not None:
+        save(arguments.write, facts["run"], "--write")
     return 0
 
 
@@ -82,26 +94,28 @@ def refuse_axis_options(arguments: argparse.Namespace) -> None:
         raise InputError(_option(given[0]), "is read by the search over axes only", "megascale plan axes --flops C --memory SIZE")
 
 
-def main_lines(arguments: argparse.Namespace) -> Iterator[str]:
-    """The report for people.
-
-    Raises:
-        InputError: senseless, missing or unread values, an unknown device, a budget or limits that nothing fits.
-    """
+def lines_of(facts: dict[str, Any], arguments: argparse.Namespace) -> Iterator[str]:
+    """The report for people."""
     from megascale.plan.axis_text import axis_lines
     from megascale.plan.compute_limits import compute_only_lines
 
-    facts = facts_of(arguments)
     details = _DETAILS if arguments.details is None else arguments.details
     return compute_only_lines(facts) if arguments.law else axis_lines(facts, details)
 
 
 def facts_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The report in plain values; refusals as `main_lines`."""
+    """The report in plain values; with --plot also what the pictures show, as `curves` and `iso_loss`, and with --write the `run`.
+
+    Raises:
+        InputError: senseless, missing or unread values, an unknown device, a budget or limits that nothing fits.
+    """
+    from megascale.plan.axis_curves import axis_curves
     from megascale.plan.axis_report import axis_report
+    from megascale.plan.axis_run import axis_run
     from megascale.plan.axis_search import search_axes
     from megascale.plan.cluster import load_cluster
     from megascale.plan.compute_limits import compute_only_report
+    from megascale.plan.iso_loss import iso_loss
 
     _refuse_unread(arguments)
     if arguments.cluster is None:
@@ -114,7 +128,13 @@ def facts_of(arguments: argparse.Namespace) -> dict[str, Any]:
     limits = _limits(arguments, device.usable_bytes)
     if arguments.law:
         return compute_only_report(flops, device, limits, axes, work, draws)
-    return axis_report(search_axes(flops, device, limits, axes, work, _worth(arguments.blocks_worth or ""), draws), draws)
+    found = search_axes(flops, device, limits, axes, work, _worth(arguments.blocks_worth or ""), draws)
+    facts = axis_report(found, draws)
+    if arguments.plot is not None:
+        facts |= {"curves": axis_curves(found, draws), "iso_loss": iso_loss(found, draws)}
+    if arguments.write is not None:
+        facts["run"] = axis_run(found, arguments.design)
+    return facts
 
 
 def _refuse_unread(arguments: argparse.Namespace) -> None:
@@ -129,6 +149,8 @@ def _refuse_unread(arguments: argparse.Namespace) -> None:
             raise InputError(_option(name), f"is not read with --law {arguments.law}", "leave one of them out")
     if arguments.json and arguments.details is not None:
         raise InputError("--details", "is not read with --json, which holds everything", "leave it out")
+    if arguments.design is not None and arguments.write is None:
+        raise InputError("--design", "names what --write writes", "add --write FILE")
     if arguments.details is not None and arguments.details < 0:
         raise InputError("--details", f"{arguments.details} is negative", "give for example 3")
 
@@ -180,16 +202,9 @@ def _axes(arguments: argparse.Namespace) -> Axes:
 
     names = ("streams", "experts", "per_token", "blocks")
     lists: dict[str, Any] = {
-        name: _whole(_option(name), getattr(arguments, name)) for name in names if getattr(arguments, name) is not None
+        name: whole_numbers(_option(name), getattr(arguments, name)) for name in names if getattr(arguments, name) is not None
     }
     return replace(Axes(**lists), stream_share=1.0 if arguments.stream_share is None else arguments.stream_share)
-
-
-def _whole(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError as error:
-        raise InputError(option, f"{text!r} is no list of whole numbers", "give for example 1,2,4") from error
 
 
 def _work(arguments: argparse.Namespace) -> Workload:

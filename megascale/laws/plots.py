@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from megascale.config.errors import InputError
 from megascale.laws.form import Array
 from megascale.laws.law import Law
 from megascale.laws.study import Study
+from megascale.observe.figures import curve, panels, save
 
 _POINTS = 200
 _MOST_LINES = 12
@@ -42,7 +41,7 @@ def plot_law(law: Law, x: str, at: Mapping[str, Sequence[float]], path: Path) ->
         outside = np.zeros(_POINTS, dtype=bool)
         for flags in law.outside(inputs, quantity.inputs).values():
             outside |= flags
-        _line(axes, values, law.predict(quantity.name, inputs), outside, label)
+        curve(axes, values, law.predict(quantity.name, inputs), outside, label)
     _save(axes, path)
 
 
@@ -64,7 +63,7 @@ def plot_study(found: Study, x: str, path: Path) -> None:
         fixed = {symbol: float(np.exp(np.log(table.columns[symbol][rows]).mean())) for symbol in others}
         inputs = {x: values, **{symbol: np.full(_POINTS, value) for symbol, value in fixed.items()}}
         label = ", ".join(f"{symbol} = {value:.4g}" for symbol, value in fixed.items())
-        colour = _line(axes, values, found.fit.predict(inputs), outside, label)
+        colour = curve(axes, values, found.fit.predict(inputs), outside, label)
         axes.plot(table.columns[x][rows], table.loss[rows], "o", color=colour, markersize=4)
         if found.draws.values:
             axes.fill_between(values, *found.draws.predictions(inputs), color=colour, alpha=0.15, linewidth=0)
@@ -92,25 +91,12 @@ def _check_count(lines: int) -> None:
 
 
 def _axes(title: str, x_label: str, y_label: str) -> Axes:
-    axes = Figure(figsize=(7, 4.5), layout="constrained").subplots()
+    axes = panels(1, 1, 7, 4.5)[0][0]
     axes.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log")
-    axes.grid(alpha=0.3)
     return axes
-
-
-def _line(axes: Axes, x: Array, y: Array, outside: NDArray[np.bool_], label: str) -> Any:
-    """Draws a curve, dashed where it is outside; returns its colour."""
-    (line,) = axes.plot(x, np.where(outside, np.nan, y), label=label)
-    axes.plot(x, np.where(outside, y, np.nan), "--", color=line.get_color(), linewidth=1)
-    return line.get_color()
 
 
 def _save(axes: Axes, path: Path) -> None:
     if axes.get_legend_handles_labels()[1] != [""]:
         axes.legend(fontsize="small", title="dashed: out of range")
-    figure = axes.get_figure(root=True)
-    assert figure is not None, "made by _axes"
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise InputError(str(path), f"cannot be written: {error}", "give a path that ends in .png, .pdf or .svg") from error
+    save(axes, path)

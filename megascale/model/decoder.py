@@ -115,6 +115,13 @@ def _run_streams(decoder: Decoder, state: Tensor, packing: Packing, origin: Orig
     return decoder.run(state, packing, origin)
 
 
+def _run_end(decoder: Decoder, state: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What `Decoder.join` gives, and in training the streams' mean similarity [T]."""
+    states, aggregator = decoder.last_states(state), decoder.aggregator
+    similar = aggregator.similarity(states) if decoder.training and aggregator is not None else None
+    return *decoder.aggregate(states), similar
+
+
 @dataclass(frozen=True)
 class Losses:
     """Of one micro-batch, this stage's and this rank's part: what is differentiated, and what is only reported."""
@@ -152,6 +159,7 @@ class Decoder(nn.Module):
         self.config = model
         self.run_layer: Callable[[Any, Tensor, Packing, Origin], tuple[Tensor, dict[str, Tensor]]] = _run_layer
         self.run_streams = _run_streams
+        self.run_end = _run_end
         self.share_tokens: Exchange = identity
         self.share_context: Exchange = identity
         self.join_context: Exchange = identity
@@ -249,9 +257,7 @@ class Decoder(nn.Module):
         policies = join_policies(policies, found, routed)
         if self.head is None:
             return state, Losses(None, auxiliary, {}, policies, None, reports, None, None)
-        states = self.last_states(state)
-        similar = self.aggregator.similarity(states) if self.training and self.aggregator is not None else None
-        x, weights = self.aggregate(states)
+        x, weights, similar = self.run_end(self, state)
         labels = self.share_context(labels.flatten())
         lm, token_losses = self.head.loss(x, self.share_labels(labels), scale)
         rewarded: dict[str, Tensor] = {}

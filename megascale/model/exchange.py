@@ -53,7 +53,7 @@ def only_rank(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 def keep_rows(copies: Tensor, counts: Tensor, _most: int | None, _fused: bool | None) -> tuple[Tensor, Tensor]:
     """dispatch on one device: rows [N, d] sorted by expert, their numbers [E], the most that any of these can be, where that is less
-    than what the tokens here could make it, and whether kernels move them (`megascale.kernels.dispatch.is_fused`). Rows behind the last
+    than what the tokens here could make it, and whether kernels move them (`megascale.kernels.fused.is_fused`). Rows behind the last
     expert's are for none. Starts what `receive` ends, so that the caller may compute something else meanwhile.
     """
     return copies, counts

@@ -58,7 +58,9 @@ class Router(nn.Module, ABC):
 
     def counts(self, experts: Tensor, origin: Origin) -> Tensor:
         """How many of the rows here chose each expert: [P, E], fp32, of experts [N, k]."""
-        chosen = torch.zeros(experts.shape[0], self.experts, device=experts.device).scatter_(-1, experts, 1.0)
+        # one choice after the other: [N, k, E] is never there
+        chosen = sum(_is_expert(choice, self.experts).float() for choice in experts.split(1, 1))
+        assert isinstance(chosen, Tensor)
         return by_stream(chosen, origin).sum(0)
 
     def even_gates(self, experts: Tensor) -> Tensor:
@@ -276,8 +278,13 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
         reached = logits.softmax(-1).double().cumsum(-1)
         # the first expert whose sum exceeds the number; one without probability never does
         chosen.append((reached <= number[:, None] * reached[:, -1:]).sum(-1))
-        logits = logits.scatter(-1, chosen[-1][:, None], -torch.inf)
+        logits = logits.masked_fill(_is_expert(chosen[-1][:, None], logits.shape[-1]), -torch.inf)
     return torch.stack(chosen, -1)
+
+
+def _is_expert(choice: Tensor, experts: int) -> Tensor:
+    """bool [N, E] of one choice [N, 1]; with it nothing has to be scattered (see `megascale.kernels.dispatch.sort_copies`)."""
+    return choice == torch.arange(experts, device=choice.device)
 
 
 def log_probability(logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,8 +293,8 @@ def log_probability(logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
     """
     remaining, total, gradient = logits, logits.new_zeros(logits.shape[0]), torch.zeros_like(logits)
     for expert in experts.split(1, -1):
-        total = total + (remaining.gather(-1, expert) - remaining.logsumexp(-1, keepdim=True))[:, 0]
-        gradient = gradient - remaining.detach().softmax(-1)
-        gradient = gradient.scatter_add(-1, expert, torch.ones_like(expert, dtype=gradient.dtype))
-        remaining = remaining.scatter(-1, expert, -torch.inf)
+        drawn = _is_expert(expert, logits.shape[-1])
+        total = total + remaining.masked_fill(~drawn, 0.0).sum(-1) - remaining.logsumexp(-1)
+        gradient = gradient - remaining.detach().softmax(-1) + drawn.to(gradient.dtype)
+        remaining = remaining.masked_fill(drawn, -torch.inf)
     return total, gradient.square().sum(-1)

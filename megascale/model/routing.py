@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
-from megascale.kernels.dispatch import combine_copies, copy_rows, is_fused, sort_copies, sum_copies
+from megascale.kernels.dispatch import combine_copies, copy_rows, sort_copies, sum_copies
+from megascale.kernels.fused import is_fused
 from megascale.kernels.grouped import grouped_linear
 from megascale.kernels.swiglu import swiglu, weighted_swiglu
 from megascale.model.exchange import OrderedExchange, Split, are_here, keep_rows, only_rank, take_back
@@ -59,7 +60,7 @@ class Experts(nn.Module):
         # a pipeline may make it keep for later what the weight's gradient is made of
         self.multiply: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_linear
         self.fused: bool | None = None
-        """whether its kernels are used (`megascale.kernels.dispatch.is_fused`)"""
+        """whether its kernels are used (`megascale.kernels.fused.is_fused`)"""
 
     def forward(self, x: Tensor, origin: Origin) -> tuple[Tensor, dict[str, Tensor]]:
         rows = x.flatten(0, 1)
@@ -98,10 +99,8 @@ class Experts(nn.Module):
         k, _, tokens = choices.shape
         kinds = torch.arange(k * streams, device=experts.device).view(k, streams, 1)
         kind = (kinds * self.count + choices).flatten()
-        order = kind.argsort(stable=True)
-        counts = kind.new_zeros(k * streams * self.count).scatter_add_(0, kind, torch.ones_like(kind))
-        first = counts.cumsum(0) - counts
-        here = torch.empty_like(kind).scatter_(0, order, torch.arange(kind.numel(), device=kind.device) - first[kind[order]])
+        _, place, counts = sort_copies(kind[:, None], k * streams * self.count, False)
+        here = place[:, 0] - (counts.cumsum(0) - counts)[kind]
         before, total = self.population_order(counts.view(k, streams, self.count))
         position = here + (before + total.cumsum(0) - total).flatten()[kind]
         capacity = (total.sum((0, 2)).double() * self.capacity_factor / self.count).ceil()

@@ -26,7 +26,7 @@ class SequenceResidual(nn.Module):
         self.predict = nn.Parameter(torch.zeros(2))
         self.correct = nn.Parameter(torch.zeros(1))
         self.fused: bool | None = None
-        """whether its kernels are used (`megascale.kernels.dispatch.is_fused`)"""
+        """whether its kernels are used (`megascale.kernels.fused.is_fused`)"""
 
     def split(self, state: Tensor) -> Parts:
         """The only block."""

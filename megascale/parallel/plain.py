@@ -31,6 +31,22 @@ class _Bucket:
         self.work: dist.Work | None = None
 
 
+def allow_fp32_gradient(name: str, parameter: nn.Parameter) -> None:
+    """Let a bf16 parameter have an fp32 gradient. To one that is there bf16 is added in one pass, without a copy in fp32.
+
+    A weight that is used twice, a tied one, is different: autograd would sum both contributions in bf16 before it adds them.
+    """
+    if parameter.dtype != torch.float32:
+        parameter.grad_dtype = torch.float32 if name == "embedding.weight" else None
+
+
+def sum_in_fp32(parameters: Iterable[nn.Parameter]) -> None:
+    """For weights that get several contributions in one backward pass: each is made fp32 before they are summed."""
+    for parameter in parameters:
+        if parameter.dtype != torch.float32:
+            parameter.grad_dtype = torch.float32
+
+
 class PlainEngine:
     """fp32 gradients in flat buffers, fp32 masters for bf16 parameters, AdamW and Muon of torch.
 
@@ -59,12 +75,11 @@ class PlainEngine:
             self._add_optimizer(kind, [group for group in self.groups if group.optimizer == kind and group.parameters], config)
 
     def _flatten_gradients(self, holders: Ranks) -> None:
-        backwards = [p for name, p in reversed(self.trained.items()) if self.placements[name].holders == holders]
-        flat = torch.zeros(sum(p.numel() for p in backwards), device=backwards[0].device)
+        backwards = {name: p for name, p in reversed(self.trained.items()) if self.placements[name].holders == holders}
+        flat = torch.zeros(sum(p.numel() for p in backwards.values()), device=next(iter(backwards.values())).device)
         start = first = count = 0
-        for i, p in enumerate(backwards):
-            if p.dtype != torch.float32:
-                p.grad_dtype = torch.float32
+        for i, (name, p) in enumerate(backwards.items()):
+            allow_fp32_gradient(name, p)
             p.grad = flat[start : start + p.numel()].view_as(p)
             start, count = start + p.numel(), count + 1
             p.register_post_accumulate_grad_hook(partial(_tell, weakref.ref(self), len(self.buckets)))

@@ -18,7 +18,7 @@ class Slots:
         counts: [E], at most S each.
         rows: N.
         slots: S.
-        fused: whether kernels move them (`megascale.kernels.dispatch.is_fused`).
+        fused: whether kernels move them (`megascale.kernels.fused.is_fused`).
     """
 
     def __init__(self, counts: Tensor, rows: int, slots: int, fused: bool | None = None):

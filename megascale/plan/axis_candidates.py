@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from megascale.plan.shapes import VOCABULARY, shape, shapes
 
 LEAST_RATIO, MOST_RATIO = 1.0, 2e4
 """tokens a parameter between which dense shapes are looked at"""
+DENSE = (1, 1, 1, 1)
+"""P, E, k, K of a dense model"""
 ROOM = 2.2
 """by how much models may exceed the memory limit and still be looked at: doubled limits are searched too"""
 
@@ -139,6 +142,16 @@ def candidate(model: Model, work: Workload, device: Cluster, stream_share: float
     )
 
 
+@lru_cache(maxsize=2**14)
+def shape_candidate(
+    step: int, depth: int, axes: tuple[int, int, int, int], work: Workload, device: Cluster, stream_share: float = 1.0
+) -> Candidate:
+    """The candidate of a shape with P, E, k and K."""
+    streams, experts, per_token, blocks = axes
+    model = shape(step, depth, streams=streams, experts=experts, per_token=per_token, blocks=blocks, vocabulary=work.vocabulary)
+    return candidate(model, work, device, stream_share)
+
+
 def table_of(models: list[Candidate]) -> Table:
     """Candidates as arrays."""
     assert models
@@ -166,7 +179,7 @@ def table_of(models: list[Candidate]) -> Table:
 
 def dense_table(work: Workload, device: Cluster) -> Table:
     """All dense shapes: what the compute multiplier compares with."""
-    return table_of([candidate(shape(step, depth, vocabulary=work.vocabulary), work, device) for step, depth in shapes()])
+    return table_of([shape_candidate(step, depth, DENSE, work, device) for step, depth in shapes()])
 
 
 def candidates(flops: float, limit: float, axes: Axes, work: Workload, device: Cluster, dense: Table) -> Table:
@@ -193,13 +206,8 @@ def candidates(flops: float, limit: float, axes: Axes, work: Workload, device: C
     for (step, depth), one in zip(shapes(), ratio, strict=True):
         if not LEAST_RATIO <= one <= MOST_RATIO:
             continue
-        for streams, experts, per_token, blocks in axes.combinations():
-            if _far_too_large(step, depth, experts, limit):
-                continue
-            model = shape(
-                step, depth, streams=streams, experts=experts, per_token=per_token, blocks=blocks, vocabulary=work.vocabulary
-            )
-            found.append(candidate(model, work, device, axes.stream_share))
+        allowed = (one for one in axes.combinations() if not _far_too_large(step, depth, one[1], limit))
+        found += [shape_candidate(step, depth, one, work, device, axes.stream_share) for one in allowed]
     return table_of(found or [dense.models[int(np.argmax((ratio >= LEAST_RATIO) & (ratio <= MOST_RATIO)))]])
 
 

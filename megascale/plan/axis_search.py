@@ -18,7 +18,7 @@ from megascale.config.errors import InputError
 from megascale.laws.form import Array
 from megascale.plan.axis_candidates import Axes, Table, Workload, candidates, dense_table
 from megascale.plan.cluster import Cluster
-from megascale.plan.hypothesis import Base, Effective, bases, effective, loss_range, routed_factors, stream_factors
+from megascale.plan.hypothesis import Base, Effective, Sizes, bases, effective, loss_range, routed_factors, stream_factors
 
 _CURVE = np.logspace(-3, 3, 181)
 """budgets, relative, at which the best dense loss is known"""
@@ -66,6 +66,7 @@ class AxisSearch:
     limits: Limits
     work: Workload
     axes: Axes
+    blocks_worth: Mapping[int, float]
     table: Table
     tokens: Array
     judged: tuple[Judged, ...]
@@ -122,17 +123,11 @@ def search_axes(
         InputError: a budget or limit that is no positive number, a budget that trains no shape or cannot pay for serving, limits that
             nothing fits.
     """
-    axes, work = axes or Axes(), work or Workload()
+    axes, work, worth = axes or Axes(), work or Workload(), dict(blocks_worth or {})
     _refuse_senseless(flops, limits)
     dense = dense_table(work, device)
-    table = candidates(flops, limits.memory, axes, work, device, dense)
-    laws = bases(draws)
-    worth = np.array([(blocks_worth or {}).get(int(count), 1.0) for count in table.sizes.blocks])
-    streams, routed = stream_factors(table.sizes, draws), routed_factors(table.sizes)
-    ratios = {base.name: effective(streams, () if base.knows_experts else routed, worth) for base in laws}
-    tokens = _tokens(flops, table, limits)
-    judged = tuple(_judge(base, ratios[base.name], table, dense, flops, tokens, limits.unique) for base in laws)
-    reason = _reasons(table, tokens, limits)
+    table, tokens, judged = compare(flops, device, limits, axes, work, worth, draws)
+    reason = why_left_out(table, tokens, limits)
     fits = reason == "fits"
     if not fits.any():
         raise _nothing_fits(table, tokens, limits)
@@ -140,8 +135,33 @@ def search_axes(
     dominator = _dominators(objectives, fits)
     front = np.flatnonzero(fits & (dominator < 0))
     gains = _gains(flops, limits, table, judged, dense)
-    found = AxisSearch(flops, device, limits, work, axes, table, tokens, judged, fits, reason, front, dominator, gains, None)
+    found = AxisSearch(
+        flops, device, limits, work, axes, worth, table, tokens, judged, fits, reason, front, dominator, gains, None
+    )
     return replace(found, break_even=_break_even(found))
+
+
+def compare(
+    flops: float, device: Cluster, limits: Limits, axes: Axes, work: Workload, blocks_worth: Mapping[int, float], draws: int
+) -> tuple[Table, Array, tuple[Judged, ...]]:
+    """All candidates of a budget, their training tokens, and what each law says of them.
+
+    Raises:
+        InputError: the budget trains none of the shapes, or every one with more tokens than any law knows.
+    """
+    dense = dense_table(work, device)
+    table = candidates(flops, limits.memory, axes, work, device, dense)
+    tokens = _tokens(flops, table, limits)
+    ratios = effective_ratios(table.sizes, blocks_worth, draws)
+    judged = (_judge(base, ratios[base.name], table, dense, flops, tokens, limits.unique) for base in bases(draws))
+    return table, tokens, tuple(judged)
+
+
+def effective_ratios(sizes: Sizes, blocks_worth: Mapping[int, float], draws: int) -> dict[str, Effective]:
+    """Law of N and D -> N_eff/N of some models; laws that know experts get the other factors alone."""
+    worth = np.array([blocks_worth.get(int(count), 1.0) for count in sizes.blocks])
+    streams, routed = stream_factors(sizes, draws), routed_factors(sizes)
+    return {base.name: effective(streams, () if base.knows_experts else routed, worth) for base in bases(draws)}
 
 
 def _refuse_senseless(flops: float, limits: Limits) -> None:
@@ -162,12 +182,12 @@ def _tokens(flops: float, table: Table, limits: Limits) -> Array:
 def _judge(base: Base, ratio: Effective, table: Table, dense: Table, flops: float, tokens: Array, unique: float) -> Judged:
     enough = np.maximum(tokens, 1.0)
     middle, low, high = loss_range(base, table.sizes, ratio, enough, unique)
-    budgets, losses = _dense_curve(base, dense, flops)
+    budgets, losses = dense_curve(base, dense, flops)
     multiplier, least, most = (_budget_for(loss, budgets, losses) / flops for loss in (middle, high, low))
     return Judged(base, ratio, middle, low, high, multiplier, least, most)
 
 
-def _dense_curve(base: Base, dense: Table, flops: float) -> tuple[Array, Array]:
+def dense_curve(base: Base, dense: Table, flops: float) -> tuple[Array, Array]:
     """Budgets, and the loss of the best dense shape with fresh tokens at each."""
     budgets = flops * _CURVE
     ones = np.ones(len(dense))
@@ -180,7 +200,8 @@ def _budget_for(loss: Array, budgets: Array, losses: Array) -> Array:
     return np.exp(np.interp(-loss, -losses, np.log(budgets)))
 
 
-def _reasons(table: Table, tokens: Array, limits: Limits) -> NDArray[np.str_]:
+def why_left_out(table: Table, tokens: Array, limits: Limits) -> NDArray[np.str_]:
+    """One of `REASONS` for each candidate."""
     reason = np.full(len(table), "fits", dtype="<U8")
     reason[table.latency > limits.latency] = "latency"
     reason[table.memory > limits.memory] = "memory"
@@ -223,7 +244,7 @@ def _gains(flops: float, limits: Limits, table: Table, judged: tuple[Judged, ...
 
     def best(budget: float, allowed: Limits) -> float:
         tokens = _tokens(budget, table, allowed)
-        fits = _reasons(table, tokens, allowed) == "fits"
+        fits = why_left_out(table, tokens, allowed) == "fits"
         again = tuple(_judge(one.base, one.ratio, table, dense, flops, tokens, allowed.unique) for one in _without_draws(judged))
         return float(np.max(score(again)[fits]))
 

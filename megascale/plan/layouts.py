@@ -89,7 +89,7 @@ def search(config: Config, cluster: Cluster, gpus: int, most: int = 10, imbalanc
         InputError: no layout of so many GPUs works with the model and the batch, or none fits the memory.
     """
     result = Search()
-    config = config.model_copy(update={"parallel": Parallel(context=config.parallel.context)})
+    config = _bare(config)
     least = Plan(_with(config, {"dp": 1}, config.batch.sequences), 1).flops / gpus
     least /= cluster.peak_flops * max(cluster.efficiency.matmul, cluster.efficiency.attention)
     fits = False
@@ -147,6 +147,16 @@ def _enter(best: list[Found], found: Found, most: int) -> None:
     best.append(found)
     best.sort(key=lambda one: one.time.total)
     del best[most:]
+
+
+def can_be_laid_out(config: Config, cluster: Cluster, gpus: int) -> bool:
+    """Whether the rules allow any layout of so many GPUs; memory is not asked."""
+    return any(True for _ in candidates(_bare(config), cluster, gpus))
+
+
+def _bare(config: Config) -> Config:
+    """The run without its own layout; the kind of context parallelism stays."""
+    return config.model_copy(update={"parallel": Parallel(context=config.parallel.context)})
 
 
 # What there is to try -----------------------------------------------------------------------------------------------------

@@ -263,10 +263,11 @@ def _in_a_layer(plan: Plan, stage: int, imbalance: float) -> float:
     experts = plan.tokens / plan.tp * streams * model.experts.per_token * (model.experts.width or 0)
     state, hidden = plan.tokens * streams * d * e, e * (plan.tokens * streams * plan.ffn_width if dense else experts)
     gathered, share = state * (plan.tp > 1), state / plan.tp
-    # the gradient of an activation's product, with that of the layer or with those of its factors; or of a matrix, in fp32 too
+    # the gradient of an activation's product, with that of the layer or with those of its factors; or of a matrix, under ZeRO and where
+    # streams are summed in fp32 too
     matrix = d * plan.ffn_width if dense else plan.kinds[True].experts / 3
     backward = share * (1 + model.altup.blocks * (model.altup.blocks > 1))
-    backward += max(hidden + gathered, 2 * hidden, matrix * (e + 4 if e < 4 else 4))
+    backward += max(hidden + gathered, 2 * hidden, matrix * (e + 4 * (e < 4 and bool(plan.zero or _one_by_one(plan)))))
     if _one_by_one(plan):  # all layers of a stream again, and the sums of the streams' weight gradients
         counts = plan.cut.counts[stage]
         sums = sum(count * plan.kinds[routed].total for (_, routed, _), count in counts.items())

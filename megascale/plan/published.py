@@ -23,6 +23,8 @@ WEAK_SCALING = "SC21 table 1"
 AGAINST_ZERO = "SC21 table 2"
 RECOMPUTATION = "2205.05198 table 5"
 ACTIVATIONS = "2205.05198 figures 1, 7"
+TABLES = ("sc21_table1", "sc21_table2", "recomputation")
+"""Files in plan/data."""
 FITTED_MODELS = ("22B", "530B")
 """Rows of 2205.05198 whose times were used in the fit."""
 LARGEST_UNEXPLAINED = 0.25
@@ -92,6 +94,11 @@ def read_rows(name: str) -> list[dict[str, str]]:
     """Rows of a file in plan/data, without its comments."""
     text = (files("megascale.plan") / "data" / f"{name}.csv").read_text(encoding="utf-8")
     return list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))
+
+
+def largest_run() -> int:
+    """GPUs of the largest run of the tables."""
+    return max(int(row["gpus"]) for name in TABLES for row in read_rows(name))
 
 
 def _run(row: dict[str, str], **more: Any) -> Published:

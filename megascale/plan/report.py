@@ -94,11 +94,12 @@ def plan_facts(result: Search, cluster: Cluster, tokens: float, seconds: float) 
         "parameters": {"total": first.parameters, "active": first.active_parameters},
         "step": {"tokens": first.step_tokens, "flops": first.flops},
         "search": {"tried": result.tried, "too_large": result.too_large, "left_out": result.too_slow, "seconds": seconds},
-        "layouts": [_layout_facts(found, cluster, tokens) for found in result.found],
+        "layouts": [layout_facts(found, cluster, tokens) for found in result.found],
     }
 
 
-def _layout_facts(found: Found, cluster: Cluster, tokens: float) -> dict[str, Any]:
+def layout_facts(found: Found, cluster: Cluster, tokens: float) -> dict[str, Any]:
+    """One layout in plain values: bytes, seconds, what it costs to train on so many tokens."""
     parallel, plan = found.config.parallel, found.plan
     spent = cost(found, cluster, tokens)
     return {

@@ -13,7 +13,6 @@ from megascale.config.errors import InputError
 from megascale.config.layout import SPLIT_BACKWARD, rank_of_stage, stage_count, stages_of_rank, zero_stage_of
 from megascale.config.schema import Config, Model
 from megascale.data.open_data import OpenData, open_data
-from megascale.kernels.flash import choose_flash
 from megascale.model.decoder import FP32_PARAMETERS, Decoder
 from megascale.model.initialize import start_routers
 from megascale.parallel.apply import apply, describe_dispatch
@@ -22,13 +21,13 @@ from megascale.parallel.engine import Engine, Share
 from megascale.parallel.mesh import Mesh
 from megascale.parallel.pipeline import Stages
 from megascale.parallel.placement import Placement
-from megascale.parallel.plain import PlainEngine
+from megascale.parallel.plain import PlainEngine, sum_in_fp32
 from megascale.parallel.recompute import apply_recompute
 from megascale.parallel.shard import cut, materialise, named_parameters, own_stages, shard, tie_ends, whole_on_meta
 from megascale.parallel.stages import stage_layers
 from megascale.parallel.zero_traffic import overlaps
 from megascale.train.compiling import compile_layers
-from megascale.train.fused import use_kernels
+from megascale.train.fused import use_attention, use_kernels
 from megascale.train.groups import check_patterns, optimizer_groups, trained_names
 from megascale.train.inherit import inherit
 from megascale.train.unigrams import unigram_counts
@@ -177,10 +176,10 @@ def build(
         engine: Engine = PlainEngine(share, config.optimizer, mesh)
     else:
         engine = _zero_engine(stages, share, config, mesh, zero)
+    if config.parallel.recompute == "stream":  # the streams' parts of a weight's gradient meet in one backward pass
+        sum_in_fp32(parameters.values())
     say(f"engine: {f'DeepSpeed, ZeRO {zero}' if zero else 'plain torch (ZeRO 0)'}")
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    assert config.model.head_dim is not None
-    say(f"attention: {choose_flash(mesh.world.device.torch, dtype, config.model.head_dim)}")
+    say(f"attention: {use_attention(config, mesh.world.device.torch)}")
     if config.model.experts.count > 1:
         say(f"expert dispatch: {describe_dispatch(config.model, mesh)}")
     return Parts(config, data, mesh, stages, engine, new, frozen)

@@ -33,7 +33,7 @@ from megascale.parallel.ledger import Entry, Ledger
 from megascale.parallel.mesh import DATA, Layout, Mesh, make_layout, open_mesh
 from megascale.parallel.meta_memory import MetaMemory
 from megascale.parallel.pipeline import Stages
-from megascale.parallel.plain import PlainEngine
+from megascale.parallel.plain import PlainEngine, sum_in_fp32
 from megascale.parallel.shard import named_parameters, whole_on_meta
 from megascale.parallel.world import World
 from megascale.parallel.zero_traffic import MOST_LIVE, zero_traffic
@@ -209,7 +209,10 @@ def _build(config: Config, mesh: Mesh, frozen: frozenset[str]) -> tuple[Stages, 
     everywhere = {name: p.ndim for name, p in named_parameters(whole_on_meta(config.model)).items()}
     groups = optimizer_groups(parameters.items(), config.optimizer, everywhere, frozen=frozen)
     weights = cast(parameters, config.precision)
-    return stages, PlainEngine(Share(groups, weights, parameters, placements), config.optimizer, mesh)
+    engine = PlainEngine(Share(groups, weights, parameters, placements), config.optimizer, mesh)
+    if config.parallel.recompute == "stream" or zero_stage_of(config, mesh.world.size):  # as the run's engine does it
+        sum_in_fp32(parameters.values())
+    return stages, engine
 
 
 def fewest_micro_batches(config: Config) -> int:

@@ -1,4 +1,4 @@
-"""Which of the model's parts run on our Triton kernels."""
+"""Which kernels the parts of a model run on: our Triton kernels, and attention's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from megascale.config.errors import InputError
+from megascale.config.schema import Config
+from megascale.kernels.flash import choose_flash
 
 FUSED = "fused"
 """Modules with kernels have an attribute of this name: none lets the device decide, False means plain PyTorch."""
@@ -34,3 +36,9 @@ def use_kernels(modules: Sequence[nn.Module], choice: Literal["auto", "plain"], 
         setattr(part, FUSED, None)
     names = ", ".join(sorted({type(part).__name__ for part in parts})) or "no part of this model has any"
     return f"triton {triton.__version__} ({names})"
+
+
+def use_attention(config: Config, device: torch.device) -> str:
+    """Let attention of this process run on the fastest flash kernel that is installed and fits the model; which that is, in words."""
+    assert config.model.head_dim is not None
+    return choose_flash(device, torch.bfloat16 if config.precision == "bf16" else torch.float32, config.model.head_dim)

@@ -28,7 +28,7 @@ from megascale.parallel.placement import Placement
 from megascale.parallel.shard import cut, own_stages, shard, tie_ends, whole_on_meta
 from megascale.parallel.world import World, end_world, start_world
 from megascale.train.build import cast
-from megascale.train.fused import use_kernels
+from megascale.train.fused import use_attention, use_kernels
 
 AXES = ("dp", "pp", "stream", "cp", "tp", "ep", "etp", "context")
 """What of `parallel` matters without a backward pass."""
@@ -166,6 +166,7 @@ def open_stages(config: Config, tensors: Tensors, precision: str, team: Team) ->
         decoders[stage] = decoder.eval().requires_grad_(False)
     tie_ends(decoders)
     use_kernels(list(decoders.values()), config.kernels, team.world.device.torch)
+    use_attention(config, team.world.device.torch)
     return Stages(decoders, config, mesh)
 
 

@@ -324,6 +324,7 @@ def test_two_hosts_without_ssh_are_stopped_by_one_and_resumed_by_torchrun(
     assert_equal_runs(run_of(config), uninterrupted)
 
 
+@pytest.mark.full
 def test_after_the_loss_of_a_host_the_other_ends_with_an_error_and_a_rerun_with_a_third_resumes(
     three_hosts: Hosts, config: Path, uninterrupted: Path
 ) -> None:

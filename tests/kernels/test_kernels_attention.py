@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -11,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megascale.kernels.attention import attention, attention_reference
-from megascale.kernels.flash import flash_forward
+from megascale.kernels.attention import PrefixMaths, attention, attention_reference, merge_prefixes
+from megascale.kernels.flash import flash_forward, math_backward
 from megascale.kernels.merge import merge_by_lse
 from tiny import largest_error
 
@@ -78,11 +80,23 @@ def value_and_gradients(function, case: Case, dtype: torch.dtype) -> list[Tensor
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), tensors)]
 
 
+@contextmanager
+def prefixes_as_maths(compiled: bool) -> Iterator[None]:
+    """What compiled runs do on CPUs, with or without the compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PrefixMaths, "merge", staticmethod(merge_prefixes))
+        patch.setattr(PrefixMaths, "gradients", staticmethod(math_backward))
+        if compiled:
+            PrefixMaths.compile()
+        yield
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @settings(max_examples=25)
-@given(case=cases | plain_cases)
-def test_output_and_all_gradients_are_those_of_one_softmax(dtype: torch.dtype, case: Case) -> None:
-    found = value_and_gradients(attention, case, dtype)
+@given(case=cases | plain_cases, maths=st.booleans())
+def test_output_and_all_gradients_are_those_of_one_softmax(dtype: torch.dtype, case: Case, maths: bool) -> None:
+    with prefixes_as_maths(False) if maths else nullcontext():
+        found = value_and_gradients(attention, case, dtype)
     # the truth of bf16 inputs is their fp64 result
     tensors, borders = case.inputs(dtype)
     wide = [x.detach().double().requires_grad_() for x in tensors]
@@ -269,6 +283,16 @@ def test_a_compiled_graph_is_whole_and_equal(case: Case) -> None:
     found = value_and_gradients(compiled, case, torch.float32)
     for got, true in zip(found, expected, strict=True):
         torch.testing.assert_close(got, true)
+
+
+@pytest.mark.parametrize("case", [FULL, SHARED], ids=["prefix", "shared"])
+def test_compiled_prefixes_are_equal(case: Case) -> None:
+    torch._dynamo.reset()
+    expected = value_and_gradients(attention, case, torch.float32)
+    with prefixes_as_maths(True):
+        found = value_and_gradients(attention, case, torch.float32)
+    for got, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-5)
 
 
 pairs = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(1, 7), st.integers(0, 1000))

@@ -12,8 +12,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from megascale.cli import main
-from megascale.laws.plots import _line
 from megascale.laws.registry import form_named, law_named
+from megascale.observe.figures import curve
 
 LOSSES = str(Path(str(files("megascale.laws"))) / "data" / "parscale_losses.csv")
 PILE = ["--runs", LOSSES, "--where", "corpus=pile", "--starts", "4"]
@@ -116,7 +116,7 @@ def test_plots(call, tmp_path: Path) -> None:
 def test_a_curve_is_solid_only_inside_its_range() -> None:
     axes = Figure().subplots()
     x, outside = np.array([1.0, 2.0, 3.0]), np.array([True, False, True])
-    _line(axes, x, x, outside, "")
+    curve(axes, x, x, outside, "")
     solid, dashed = (np.isfinite(line.get_ydata()) for line in axes.lines)
     assert solid.tolist() == [False, True, False] and dashed.tolist() == [True, False, True]
     assert axes.lines[1].get_linestyle() == "--"

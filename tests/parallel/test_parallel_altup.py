@@ -37,7 +37,7 @@ CASES = {
     "ZeRO 3, predicted, recomputed": ("zero3", (MODEL, GEMMA, CUT_ALL, "parallel.recompute=layer")),
     "ZeRO 3, sequence": ("zero3", (MODEL, SEQUENCE, CUT_ALL)),
 }
-QUICK = ("wide, by token, in stages", "predicted, by token", "sequence", "rebuilt states in stages", "ZeRO 3, sequence")
+QUICK = ("wide, by token, in stages", "predicted, by token", "sequence", "ZeRO 3, sequence")
 LAYOUTS = {
     "ep2": (2, "parallel={ep: 2, zero_stage: 0}"),
     "tp2-ep2-dp2": (4, "parallel={tp: 2, ep: 2, zero_stage: 0}"),

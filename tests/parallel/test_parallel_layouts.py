@@ -121,6 +121,15 @@ def test_it_holds_for_compiled_layers(ranks: RankPool, tmp_path: Path, tiny_corp
     assert problems(found, one(*ADAMW)) == []
 
 
+@pytest.mark.slow
+def test_it_holds_for_one_compiled_step_of_experts_on_two_ranks(ranks: RankPool, tmp_path: Path, tiny_corpus: Path) -> None:
+    """The exchange cuts a layer into several graphs, each compiled by itself."""
+    small = (MODEL.replace("layers: 4", "layers: 1"), *ADAMW)
+    one = train(ranks, tmp_path, tiny_corpus, 1, "one", *small, steps=1)
+    found = train(ranks, tmp_path, tiny_corpus, 2, "compiled", *small, LAYOUTS["ep2"][1], "compile=on", steps=1)
+    assert problems(found, one) == []
+
+
 ALL_LAYOUTS = {**LAYOUTS, "stream2-cp2": (4, "parallel={stream: 2, cp: 2, zero_stage: 0}")}
 CHANGES = [
     ("pp2-tp2-dp2", "tp2-ep4-dp2"),

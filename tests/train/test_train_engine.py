@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,14 @@ import torch
 
 from megascale.checkpoint.load import CheckpointReader
 from megascale.config.schema import Config
+from megascale.model.decoder import Decoder
+from megascale.model.initialize import initialize
+from megascale.parallel.plain import allow_fp32_gradient
 from megascale.train.batch_stream import step_batches
-from megascale.train.build import Parts
+from megascale.train.build import Parts, cast
 from megascale.train.schedule import lr_scale
 from runs import ALL_AXES, Run, build_parts, tiny_config, train_tiny
+from tiny import tiny_model
 
 NO_CLIP = "optimizer.clip=null"
 
@@ -120,6 +125,55 @@ def test_masters_keep_what_bf16_cannot_show(tmp_path: Path, tiny_corpus: Path) -
     wide = {name for name, p in engine.parameters.items() if p.dtype == torch.float32}
     assert {"norm.weight", "layers.0.feed_forward.router.weight", "layers.1.residual.predict"} <= wide
     assert not any(name.endswith(("q.weight", "prefix_k", "feed_forward.up")) for name in wide)
+
+
+def uses(loss: torch.Tensor) -> Counter[int]:
+    """How many contributions to its gradient each leaf gets in one backward pass, by its id."""
+    found: Counter[int] = Counter()
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        for following, _ in () if node is None else node.next_functions:
+            if hasattr(following, "variable"):
+                found[id(following.variable)] += 1
+            elif following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"streams": {"count": 2, "prefix_tokens": 3}, "experts": {"count": 4, "width": 16, "shared": 1}, "altup": {"blocks": 2}},
+        {"streams": {"count": 2, "prefix_tokens": 3, "reparameterise": 8}},
+        {"altup": {"form": "sequence", "stride": 2}},
+        {"tie_embeddings": True},
+    ],
+    ids=["P E K", "prefix networks", "every second token", "tied"],
+)
+def test_a_bf16_weight_is_used_once_or_summed_in_fp32(model: dict) -> None:
+    """Autograd sums the contributions to a leaf before it adds them to its gradient, in their own dtype unless it is told another."""
+    decoder = Decoder(tiny_model(**model))
+    initialize(decoder, decoder.config, 1)
+    named = dict(decoder.named_parameters())
+    cast(named, "bf16")
+    for name, parameter in named.items():
+        allow_fp32_gradient(name, parameter)
+    tokens, documents = torch.arange(32).view(2, 16) % 11, torch.zeros(2, 16, dtype=torch.int32)
+    losses = decoder.losses(tokens, torch.arange(16).expand(2, -1), documents, tokens, torch.tensor(1 / 32))
+    assert losses.lm is not None
+    found = uses(sum(losses.auxiliary.values(), losses.lm))
+    assert found
+    often = {name for name, parameter in named.items() if found[id(parameter)] > 1}
+    assert all(named[name].grad_dtype == torch.float32 for name in often)
+    assert ("embedding.weight" in often) == decoder.config.tie_embeddings
+
+
+def test_gradients_of_streams_one_after_the_other_are_summed_in_fp32(tmp_path: Path, tiny_corpus: Path) -> None:
+    parts = build_parts(tiny_config(tmp_path, tiny_corpus, "precision=bf16", *ALL_AXES, "parallel={recompute: stream}"))
+    narrow = [p for p in parts.engine.parameters.values() if p.dtype == torch.bfloat16]
+    assert narrow and all(p.grad_dtype == torch.float32 for p in narrow)
 
 
 def test_bf16_trains_like_fp32(tmp_path: Path, tiny_corpus: Path) -> None:
