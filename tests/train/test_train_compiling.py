@@ -7,10 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from megascale.kernels.attention import PrefixMaths
 from megascale.model.decoder import Decoder
 from megascale.model.initialize import initialize
-from megascale.model.loss import LossKernels
 from megascale.train.build import cast
 from megascale.train.compiling import compile_layers
 from tiny import tiny_model
@@ -20,14 +18,6 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tests have what is compiled for the whole process as they found it."""
-    for place, name in (
-        (LossKernels, "statistics"),
-        (LossKernels, "gradient"),
-        (PrefixMaths, "merge"),
-        (PrefixMaths, "gradients"),
-    ):
-        monkeypatch.setattr(place, name, place.__dict__[name])
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # graphs are the same, and quickly made
     torch._dynamo.reset()
 
