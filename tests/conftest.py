@@ -44,7 +44,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _compiled_for_one_test() -> Iterator[None]:
     """What a run compiles for its whole process ends with the test."""
     with pytest.MonkeyPatch.context() as kept:
-        for place, name in ((LossKernels, "statistics"), (LossKernels, "gradient"), (PrefixMaths, "merge"), (PrefixMaths, "gradients")):
+        for place, name in (
+            (LossKernels, "statistics"),
+            (LossKernels, "gradient"),
+            (PrefixMaths, "merge"),
+            (PrefixMaths, "gradients"),
+        ):
             kept.setattr(place, name, place.__dict__[name])
         yield
 

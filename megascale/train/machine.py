@@ -17,7 +17,7 @@ NOTE: Verdict = "note"
 FAILED: Verdict = "FAILED"
 
 REQUIRED = ("torch", "deepspeed", "numpy", "tokenizers", "datasets", "safetensors", "pydantic", "wandb")
-OPTIONAL = {"triton": "compiled kernels on GPUs", "flash-attn": "attention on GPUs", "transformers": "conversion of checkpoints"}
+OPTIONAL = {"triton": "compiled kernels on GPUs", "transformers": "conversion of checkpoints"}
 PYTHONS = ((3, 10), (3, 12))
 TORCHES = ((2, 11), (2, 13))
 _FREE_GIB = 5.0
