@@ -217,7 +217,7 @@ def page() -> str:
             "# What composes with what",
             "",
             "Written by `python tests/compositions.py` from the checks of the config, and kept true by `tests/test_compositions.py`:",
-            f"runs that together contain every allowed pair ({counts}) are trained (CI: each 8th). Every parameter must move, and a run",
+            f"runs that together contain every allowed pair ({counts}) are trained (CI: each 4th). Every parameter must move, and a run",
             "with a layout, an engine or recomputation must be the run of one process without them: loss and gradient norm within 1e-5,",
             "each weight within a thousandth of the way it went (fp32).",
             "",

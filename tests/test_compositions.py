@@ -60,7 +60,7 @@ def train(ranks: RankPool, folder: Path, corpus: Path, name: str, features: tupl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", full_unless(range(0, len(RUNS), 8), range(len(RUNS))))
+@pytest.mark.parametrize("number", full_unless(range(0, len(RUNS), 4), range(len(RUNS))))
 def test_the_run_is_that_of_one_process(ranks: RankPool, tmp_path: Path, tiny_corpus: Path, number: int) -> None:
     features = RUNS[number]
     found = train(ranks, tmp_path, tiny_corpus, "found", features)

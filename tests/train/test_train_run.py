@@ -47,6 +47,15 @@ def test_progress_counts_loss_tokens_sequences_and_flops(tmp_path: Path, tiny_co
     assert flops == sorted(flops)
 
 
+@pytest.mark.slow
+def test_a_compiled_run_whose_batch_grows_is_the_eager_run(tmp_path: Path, tiny_corpus: Path) -> None:
+    """Other shapes make torch compile again, with open sizes."""
+    growing = (*ALL_AXES, "batch.ramp=[{steps: 1, sequences: 2}, {steps: 1, sequences: 3}]", "schedule.steps=3")
+    configs = [tiny_config(tmp_path, tiny_corpus, *growing, f"run.name={mode}", f"compile={mode}") for mode in ("off", "on")]
+    eager, compiled = (losses(train_tiny(config).records) for config in configs)
+    assert compiled == [pytest.approx(values, rel=1e-5) for values in eager]
+
+
 @pytest.mark.parametrize("settings", [("optimizer.name=muon",), ("precision=bf16",), ()], ids=["muon", "bf16", "adamw"])
 def test_a_resumed_run_ends_bit_equal(tmp_path: Path, tiny_corpus: Path, settings: tuple[str, ...]) -> None:
     common = (*ALL_AXES, "validation.every=2", *settings)
