@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megascale.commands.plan_scaling import whole_numbers
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 
 _OPTIONS = (
     "flops", "gpu_hours", "achieved", "memory", "latency", "unique", "served", "context", "sequence", "streams", "experts", "per_token",
-    "blocks", "stream_share", "blocks_worth", "draws", "details", "design", "law",
+    "blocks", "stream_share", "blocks_worth", "fit", "draws", "details", "design", "law",
 )  # fmt: skip
-_NOT_WITH_LAW = ("served", "per_token", "stream_share", "blocks_worth", "details", "plot", "write", "design")
+_NOT_WITH_LAW = ("served", "per_token", "stream_share", "blocks_worth", "fit", "details", "plot", "write", "design")
 _OF_LAYOUTS = {
     "config": None,
     "gpus": None,
@@ -58,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--stream-share", type=float, metavar="X", help="share of the tokens that have P streams, the others have one; default: 1"
     )
-    add("--blocks-worth", metavar="K=A", help="a_K fitted to runs of yours: 2=1.05,4=1.1; default: 1")
+    add("--blocks-worth", metavar="K=A", help="a_K: 2=1.05,4=1.1; default: 1, or what --fit says")
+    add("--fit", type=Path, nargs="+", metavar="FILE", help="fits of runs of yours (laws fit chinchilla|blocks --save FILE)")
     add("--draws", type=int, metavar="N", help=f"refits for the intervals; 0 = none; default: {_DRAWS}")
     add("--details", type=int, metavar="N", help=f"designs shown law by law; default: {_DETAILS}")
     add("--design", metavar="NAME", help='with --write: "3072x24 P1 E8 k2 K1", as the report names it; default: the best score')
@@ -116,6 +118,7 @@ def facts_of(arguments: argparse.Namespace) -> dict[str, Any]:
     from megascale.plan.cluster import load_cluster
     from megascale.plan.compute_limits import compute_only_report
     from megascale.plan.iso_loss import iso_loss
+    from megascale.plan.own_fits import read_own
 
     _refuse_unread(arguments)
     if arguments.cluster is None:
@@ -128,7 +131,9 @@ def facts_of(arguments: argparse.Namespace) -> dict[str, Any]:
     limits = _limits(arguments, device.usable_bytes)
     if arguments.law:
         return compute_only_report(flops, device, limits, axes, work, draws)
-    found = search_axes(flops, device, limits, axes, work, _worth(arguments.blocks_worth or ""), draws)
+    found = search_axes(
+        flops, device, limits, axes, work, read_own(arguments.fit or (), _worth(arguments.blocks_worth or "")), draws
+    )
     facts = axis_report(found, draws)
     if arguments.plot is not None:
         facts |= {"curves": axis_curves(found, draws), "iso_loss": iso_loss(found, draws)}

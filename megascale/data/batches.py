@@ -34,9 +34,11 @@ class MicroBatch:
     documents: torch.Tensor
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on a device; from pinned memory without waiting."""
-        tensors = (self.tokens, self.labels, self.positions, self.documents)
-        return MicroBatch(*(x.to(device, non_blocking=True) for x in tensors))
+        """The same on a device; from pinned memory without waiting. Documents stay: how many start where is counted on the host, because a
+        device would have to be waited for.
+        """
+        tokens, labels, positions = (x.to(device, non_blocking=True) for x in (self.tokens, self.labels, self.positions))
+        return MicroBatch(tokens, labels, positions, self.documents)
 
     @cached_property
     def loss_tokens(self) -> int:

@@ -9,6 +9,7 @@ from typing import TypeVar
 from megascale.config.errors import InputError
 from megascale.laws.families import (
     additive,
+    axes,
     besiroglu,
     chinchilla,
     compute_only,
@@ -38,7 +39,7 @@ FORMS: dict[str, Form] = {
     form.name: form
     for forms in (
         parscale.FORMS, routed.FORMS, utilisation.FORMS, compute_only.FORMS, (additive.ADDITIVE,), kaplan.FORMS, muennighoff.FORMS,
-        krajewski.FORMS, joint_moe.FORMS,
+        krajewski.FORMS, joint_moe.FORMS, axes.FORMS,
     )
     for form in forms
 }  # fmt: skip

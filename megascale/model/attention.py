@@ -60,31 +60,48 @@ def document_borders(documents: Tensor) -> tuple[Tensor, None]:
 def pack(
     positions: Tensor, documents: Tensor, model: Model, share: Exchange = identity, borders: Borders = document_borders
 ) -> Packing:
-    """The packing of a micro-batch from positions and document numbers, both [B, S]; `share` and `borders` are of the tokens here."""
+    """The packing of a micro-batch from positions and document numbers, both [B, S]; `share` and `borders` are of the tokens here. With
+    documents on the host nothing waits for the device of the positions.
+    """
     assert model.head_dim is not None
     table = rotary_table(share(positions.flatten()), model.head_dim, model.rotary)
     here, spans = borders(documents)
-    packing = Packing(*table, here, documents.shape[1], spans)
-    return packing if model.altup.form != "sequence" else replace(packing, kept=keep(positions, packing, model.altup.stride))
+    packing = Packing(*table, send(here, positions.device), documents.shape[1], spans)
+    if model.altup.form != "sequence":
+        return packing
+    return replace(packing, kept=keep(positions, packing, model.altup.stride, here))
 
 
-def keep(positions: Tensor, packing: Packing, stride: int) -> Kept:
-    """The tokens at multiples of the stride in their documents, of positions [B, S]. Meta tensors, which have no values (dry runs), count
-    as one document a sequence.
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device; from the host to a GPU without waiting for what the GPU does."""
+    return (x.pin_memory() if x.device.type == "cpu" and device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def keep(positions: Tensor, packing: Packing, stride: int, starts: Tensor) -> Kept:
+    """The tokens at multiples of the stride in their documents, of positions [B, S]; `starts` are the packing's borders, on the host if
+    nothing is to wait for a device. Meta tensors, which have no values (dry runs), count as one document a sequence.
     """
     flat, longest = positions.flatten(), -(-positions.shape[1] // stride)
     here = flat % stride == 0
     if flat.is_meta:
         tokens, borders = flat.new_empty(positions.shape[0] * longest), packing.borders
     else:
-        tokens = here.nonzero().flatten()
-        borders = torch.cat([here.new_zeros(1), here]).cumsum(0)[packing.borders.long()].to(torch.int32)
+        place = flat if starts.device == flat.device else places(starts)
+        known = place % stride == 0
+        counts = torch.cat([known.new_zeros(1), known]).cumsum(0)[starts.long()]
+        tokens, borders = send(known.nonzero().flatten(), flat.device), send(counts.to(torch.int32), flat.device)
     group = here.cumsum(0) - 1
     place = torch.where(here, group, tokens.numel())[:, None]
     follows = tokens[:, None] + torch.arange(stride, device=flat.device)
     ends = torch.cat([tokens, tokens.new_full((1,), flat.numel())])[1:, None]
     members = torch.where(follows < ends, follows, flat.numel())
     return Kept(tokens, place, group, members, Packing(packing.cos[tokens], packing.sin[tokens], borders, longest))
+
+
+def places(starts: Tensor) -> Tensor:
+    """Of each token the place in its document, int64 [T], from `first_tokens`."""
+    lengths = starts.long().diff()
+    return torch.arange(int(starts[-1]), device=starts.device) - starts[:-1].long().repeat_interleave(lengths)
 
 
 def first_tokens(documents: Tensor) -> Tensor:

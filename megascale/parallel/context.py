@@ -67,7 +67,7 @@ class ZigZag:
         if documents.is_meta:  # as if documents filled their sequences
             starts = torch.arange(documents.shape[0] + 1) * documents.shape[1]
         else:
-            starts = first_tokens(documents).cpu().long()
+            starts = first_tokens(documents.cpu()).long()
         spans, local = torch.zeros(2, 4, dtype=torch.int64), []
         for number, chunk in enumerate(self.chunks):
             first, here = chunk * width, number * width
@@ -78,7 +78,7 @@ class ZigZag:
             if before < first:
                 spans[number] = torch.tensor([here, here + after - first, before, first])
         borders = torch.cat([*local, torch.tensor([2 * width])]).to(torch.int32)
-        return borders.to(documents.device, non_blocking=True), spans
+        return borders.to(documents.device), spans
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, prefixes: Prefixes, fused: bool | None

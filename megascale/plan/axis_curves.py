@@ -37,7 +37,7 @@ def axis_curves(found: AxisSearch, draws: int = 100) -> dict[str, Any]:
     best: dict[str, list[dict[str, Any]]] = {one.base.name: [] for one in found.judged}
     for budget in found.flops * BUDGETS:
         try:
-            table, tokens, judged = compare(budget, found.device, found.limits, found.axes, found.work, found.blocks_worth, draws)
+            table, tokens, judged = compare(budget, found.device, found.limits, found.axes, found.work, found.own, draws)
         except InputError as error:
             left_out.append({"flops": float(budget), "reason": error.reason})
             continue
@@ -85,7 +85,7 @@ def _profile(found: AxisSearch, one: Judged, mask: NDArray[np.bool_], symbol: st
 
 def _point(found: AxisSearch, table: Table, tokens: NDArray[np.float64], one: Judged, index: int) -> dict[str, Any]:
     """A design as one law has it."""
-    ratio, trained = float(one.ratio.middle[index]), float(tokens[index])
+    ratio, trained, sizes = float(one.ratio.middle[index]), float(tokens[index]), table.sizes.at(index)
     return {
         "name": table.models[index].name,
         "N": table.models[index].active,
@@ -94,5 +94,5 @@ def _point(found: AxisSearch, table: Table, tokens: NDArray[np.float64], one: Ju
         "low": float(one.low[index]),
         "high": float(one.high[index]),
         "compute_multiplier": float(one.multiplier[index]),
-        "out_of_range": out_of_range(table.sizes.at(index), one.base, ratio, trained, found.limits.unique),
+        "out_of_range": out_of_range(sizes, one.base, ratio, trained, found.limits.unique) | found.own.outside(sizes),
     }

@@ -35,7 +35,7 @@ def axis_report(found: AxisSearch, draws: int = 100) -> dict[str, Any]:
     rows = [{"roles": roles, **_row(found, index, draws)} for index, roles in shown.items()]
     return {
         "hypothesis": list(HYPOTHESIS),
-        "caveats": [*CAVEATS, *_own_caveats(found)],
+        "caveats": [found.own.caveat, *CAVEATS, *_more_caveats(found)],
         "budget": {"flops": found.flops, "served_tokens": found.limits.served, "stream_share": found.axes.stream_share},
         "limits": {name: _finite(getattr(found.limits, name)) for name in ("memory", "latency", "unique")},
         "workload": vars(found.work),
@@ -57,13 +57,16 @@ def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _own_caveats(found: AxisSearch) -> list[str]:
+def _more_caveats(found: AxisSearch) -> list[str]:
     said = ["latency is a bound by bytes and FLOPs at batch 1: launches of kernels and the router's work are left out"]
     if found.axes.stream_share < 1:
         said.append(
             f"streams in {found.axes.stream_share:.0%} of the tokens are taken to be worth what they are in all of them: "
             "one published run (arXiv 2505.10475, section 4.1) suggests it, no law says so"
         )
+    if found.own.bases:
+        names = ", ".join(base.name for base in found.own.bases)
+        said.append(f"{names}: N of the search includes embeddings; fit runs of yours with --map N=N_with_embeddings")
     return said
 
 
@@ -72,7 +75,7 @@ def _laws(found: AxisSearch) -> list[dict[str, Any]]:
         {
             "law": one.base.name,
             "for": "L(N, D)",
-            "source": one.base.law.source if one.base.law else "chinchilla form, fitted here",
+            "source": one.base.law.source if one.base.law else f"chinchilla form, fitted to {one.base.corpus}",
             "interval": one.base.interval,
         }
         for one in found.judged
@@ -143,6 +146,8 @@ def _row(found: AxisSearch, index: int, draws: int) -> dict[str, Any]:
             "compute_multiplier_range": [float(judged.multiplier_low[index]), float(judged.multiplier_high[index])],
         }
         outside |= out_of_range(sizes, judged.base, float(ratio.middle[index]), tokens, found.limits.unique)
+    outside |= found.own.outside(sizes)
+    worth = found.own.worth(sizes.blocks)
     parts = memory(one.model, Request(found.work.context, 0))
     factors = [*stream_factors(sizes, draws), *routed_factors(sizes)]
     return {
@@ -152,6 +157,8 @@ def _row(found: AxisSearch, index: int, draws: int) -> dict[str, Any]:
         "memory_parts": vars(parts),
         "by_law": by_law,
         "factors": {factor.law: [float(factor.low[0]), float(factor.value[0]), float(factor.high[0])] for factor in factors},
+        "a_K": [float(worth.low[0]), float(worth.middle[0]), float(worth.high[0])],
+        "a_K_fit": found.own.name,
         "out_of_range": outside,
         "leverage": _leverage(found, index),
     }

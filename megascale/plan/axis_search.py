@@ -19,6 +19,7 @@ from megascale.laws.form import Array
 from megascale.plan.axis_candidates import Axes, Table, Workload, candidates, dense_table
 from megascale.plan.cluster import Cluster
 from megascale.plan.hypothesis import Base, Effective, Sizes, bases, effective, loss_range, routed_factors, stream_factors
+from megascale.plan.own_fits import Own
 
 _CURVE = np.logspace(-3, 3, 181)
 """budgets, relative, at which the best dense loss is known"""
@@ -66,7 +67,7 @@ class AxisSearch:
     limits: Limits
     work: Workload
     axes: Axes
-    blocks_worth: Mapping[int, float]
+    own: Own
     table: Table
     tokens: Array
     judged: tuple[Judged, ...]
@@ -109,24 +110,24 @@ def search_axes(
     limits: Limits,
     axes: Axes | None = None,
     work: Workload | None = None,
-    blocks_worth: Mapping[int, float] | None = None,
+    own: Own | None = None,
     draws: int = 100,
 ) -> AxisSearch:
     """Compare all candidates.
 
     Args:
         flops: of training, and of serving `limits.served` tokens.
-        blocks_worth: a_K by K; 1 where not given.
+        own: fits of one's own runs; none: published laws only, a_K = 1.
         draws: refits for the intervals that can be had; 0 = none.
 
     Raises:
         InputError: a budget or limit that is no positive number, a budget that trains no shape or cannot pay for serving, limits that
             nothing fits.
     """
-    axes, work, worth = axes or Axes(), work or Workload(), dict(blocks_worth or {})
+    axes, work, own = axes or Axes(), work or Workload(), own or Own()
     _refuse_senseless(flops, limits)
     dense = dense_table(work, device)
-    table, tokens, judged = compare(flops, device, limits, axes, work, worth, draws)
+    table, tokens, judged = compare(flops, device, limits, axes, work, own, draws)
     reason = why_left_out(table, tokens, limits)
     fits = reason == "fits"
     if not fits.any():
@@ -135,14 +136,12 @@ def search_axes(
     dominator = _dominators(objectives, fits)
     front = np.flatnonzero(fits & (dominator < 0))
     gains = _gains(flops, limits, table, judged, dense)
-    found = AxisSearch(
-        flops, device, limits, work, axes, worth, table, tokens, judged, fits, reason, front, dominator, gains, None
-    )
+    found = AxisSearch(flops, device, limits, work, axes, own, table, tokens, judged, fits, reason, front, dominator, gains, None)
     return replace(found, break_even=_break_even(found))
 
 
 def compare(
-    flops: float, device: Cluster, limits: Limits, axes: Axes, work: Workload, blocks_worth: Mapping[int, float], draws: int
+    flops: float, device: Cluster, limits: Limits, axes: Axes, work: Workload, own: Own, draws: int
 ) -> tuple[Table, Array, tuple[Judged, ...]]:
     """All candidates of a budget, their training tokens, and what each law says of them.
 
@@ -152,16 +151,16 @@ def compare(
     dense = dense_table(work, device)
     table = candidates(flops, limits.memory, axes, work, device, dense)
     tokens = _tokens(flops, table, limits)
-    ratios = effective_ratios(table.sizes, blocks_worth, draws)
-    judged = (_judge(base, ratios[base.name], table, dense, flops, tokens, limits.unique) for base in bases(draws))
+    ratios = effective_ratios(table.sizes, own, draws)
+    judged = (_judge(base, ratios[base.name], table, dense, flops, tokens, limits.unique) for base in (*bases(draws), *own.bases))
     return table, tokens, tuple(judged)
 
 
-def effective_ratios(sizes: Sizes, blocks_worth: Mapping[int, float], draws: int) -> dict[str, Effective]:
+def effective_ratios(sizes: Sizes, own: Own, draws: int) -> dict[str, Effective]:
     """Law of N and D -> N_eff/N of some models; laws that know experts get the other factors alone."""
-    worth = np.array([blocks_worth.get(int(count), 1.0) for count in sizes.blocks])
-    streams, routed = stream_factors(sizes, draws), routed_factors(sizes)
-    return {base.name: effective(streams, () if base.knows_experts else routed, worth) for base in bases(draws)}
+    streams, routed, worth = stream_factors(sizes, draws), routed_factors(sizes), own.worth(sizes.blocks)
+    every = (*bases(draws), *own.bases)
+    return {base.name: effective(streams, () if base.knows_experts else routed, worth) for base in every}
 
 
 def _refuse_senseless(flops: float, limits: Limits) -> None:
@@ -273,9 +272,10 @@ def _break_even(found: AxisSearch) -> tuple[float, float] | None:
     if twin is None:
         return None
     sizes, tokens = found.table.sizes.at(twin), found.tokens[[twin]]
+    without = sizes.parameters / found.own.worth(sizes.blocks).middle
     needed = []
     for one in found.judged:
-        n, low, high = sizes.parameters * one.ratio.middle[twin], 0.5, 4.0
+        n, low, high = without * one.ratio.middle[twin], 0.5, 4.0
         for _ in range(50):
             middle = np.sqrt(low * high)
             above = one.base.loss(n * middle, tokens, sizes.expansion, found.limits.unique)[0] > one.loss[best]

@@ -71,6 +71,8 @@ def _by_law(row: dict[str, Any]) -> Iterator[str]:
         values = {name: row["factors"][name] for name in names}
         if any(abs(ends[1] - 1) > 1e-6 for ends in values.values()):  # of axes that the design has
             yield "  " + "; ".join(_factor(name, ends, row["out_of_range"].get(name)) for name, ends in values.items())
+    if row["K"] > 1:
+        yield f"  {_factor('a_K', row['a_K'], row['out_of_range'].get(row['a_K_fit']))}"
     if row["leverage"]:
         said = row["leverage"]
         flag = f" (OUT OF RANGE: {', '.join(said['out_of_range'])})" if said["out_of_range"] else ""

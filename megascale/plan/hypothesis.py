@@ -28,7 +28,6 @@ HYPOTHESIS = (
     "L = E0 + A/N_eff^alpha + B/D^beta",
 )
 CAVEATS = (
-    "a_K = 1: no law of blocks (AltUp) is published; fit it to runs of yours",
     "the product of the factors is a hypothesis: no published run has streams and experts together",
     "the factors are taken to hold at every D: they were measured at 42B tokens (streams) and at 130B (experts)",
     "Nbar/N is taken at E/k experts, where E = k is a dense model; the laws of equation 1 know k = 1 only",
@@ -89,7 +88,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Effective:
-    """N_eff over N: the least, the middle (geometric) and the largest that the laws and their intervals allow."""
+    """N_eff over N, or one axis' part of it: the least, the middle (geometric) and the largest that the laws and their intervals allow."""
 
     low: Array
     middle: Array
@@ -159,13 +158,13 @@ def routed_factors(sizes: Sizes) -> list[Factor]:
     return found
 
 
-def effective(streams: Sequence[Factor], routed: Sequence[Factor], blocks: float | Array = 1.0) -> Effective:
-    """The product of the factors; without routed ones for laws that know experts."""
+def effective(streams: Sequence[Factor], routed: Sequence[Factor], blocks: Effective) -> Effective:
+    """The product of the factors and of a_K (`blocks`); without routed ones for laws that know experts."""
     low, high = np.min([factor.low for factor in streams], axis=0), np.max([factor.high for factor in streams], axis=0)
     if routed:
         low = low * np.min([factor.low for factor in routed], axis=0)
         high = high * np.max([factor.high for factor in routed], axis=0)
-    return Effective(low * blocks, np.sqrt(low * high) * blocks, high * blocks)
+    return Effective(low * blocks.low, np.sqrt(low * high) * blocks.middle, high * blocks.high)
 
 
 def repetition(tokens: Array, unique: float) -> Array:

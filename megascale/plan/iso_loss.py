@@ -75,7 +75,7 @@ def _of_law(found: AxisSearch, base: Base, draws: int, families: _Families) -> d
             table = table_of(
                 [shape_candidate(step, depth, axes, found.work, found.device, share) for step in range(1, LARGEST + 1)]
             )
-            families[depth, axes] = _Family(axes, table, effective_ratios(table.sizes, found.blocks_worth, draws))
+            families[depth, axes] = _Family(axes, table, effective_ratios(table.sizes, found.own, draws))
         return families[depth, axes]
 
     axes: dict[str, list[dict[str, Any]]] = {}

@@ -24,6 +24,7 @@ LEVELS = {
     "P": (1.0, 2.0, 4.0, 8.0),
     "E": (1.0, 4.0, 16.0, 64.0, 256.0),
     "G": (1.0, 2.0, 4.0, 8.0),
+    "K": (1.0, 2.0, 4.0),
 }
 LEVELS |= {"F": tuple(np.geomspace(1e-4, 4e-3, 6)), "B": (0.2, 1.0, 4.0, 12.0, 40.0), "U": (3e8, 3e9, 3e10)}
 PUBLISHED = [law for law in LAWS.values() if law.form and law.name != "sardana"]  # sardana has chinchilla's form
@@ -52,6 +53,21 @@ def test_losses_without_noise_are_fitted_exactly_and_give_the_planted_parameters
     tolerance = {"joint-moe": 0.2, "krajewski": 0.05, "muennighoff": 0.05}.get(law.name, 1e-2)  # eleven parameters bend together
     for name in law.form.names:
         assert found.values[name] == pytest.approx(law.values[name], rel=tolerance, abs=1e-3), name
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("blocks", {"b": 0.06, "alpha": 0.3, "E": 1.7, "A": 2e8}),
+        ("blocks", {"b": -0.1, "alpha": 0.3, "E": 1.7, "A": 2e8}),
+        ("axes", {"k": 0.35, "m": 0.15, "b": 0.06, "alpha": 0.3, "beta": 0.28, "L0": 1.6, "A": 400.0, "B": 900.0}),
+    ],
+    ids=["blocks that help", "blocks that harm", "all axes"],
+)
+def test_forms_without_a_published_law_are_fitted_too(name: str, values: dict[str, float]) -> None:
+    found = fit(form_named(name), table(form_named(name), values), FitOptions(starts=16))
+    for parameter, value in values.items():
+        assert found.values[parameter] == pytest.approx(value, rel=1e-2), parameter
 
 
 @pytest.mark.parametrize("name", ["parscale-pile", "chinchilla"])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from megascale.model.attention import KeyValueCache, pack
+from megascale.model.attention import KeyValueCache, first_tokens, pack, places
 from megascale.model.decoder import Decoder
 from megascale.model.strided import SequenceResidual
 from tiny import packed_batch, tiny_decoder, tiny_model
@@ -46,6 +46,12 @@ def test_kept_are_the_multiples_of_the_stride_in_each_document(texts: list[list[
     assert kept.packing.borders.diff().tolist() == documents
     assert kept.packing.longest >= max(documents)
     assert torch.equal(kept.packing.cos, pack(batch.positions, batch.documents, tiny_model()).cos[kept.tokens])
+
+
+@given(texts=lengths)
+def test_places_counted_on_the_host_are_the_positions(texts: list[list[int]]) -> None:
+    batch = packed_batch(even(texts))
+    assert torch.equal(places(first_tokens(batch.documents)), batch.positions.flatten())
 
 
 def by_definition(residual: SequenceResidual, x: Tensor, update: Tensor, positions: Tensor, stride: int) -> Tensor:

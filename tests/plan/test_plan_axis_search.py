@@ -16,6 +16,7 @@ from megascale.plan.axis_search import Limits, search_axes
 from megascale.plan.axis_text import axis_lines
 from megascale.plan.cluster import load_cluster
 from megascale.plan.hypothesis import HYPOTHESIS, routed_factors
+from megascale.plan.own_fits import Own
 
 GIB = 2**30
 BUDGET = 1e21
@@ -24,8 +25,8 @@ WORK = Workload(sequence=2048, context=2048)
 DENSE = Axes(streams=(1,), experts=(1,), per_token=(1,), blocks=(1,))
 
 
-def search(flops=BUDGET, axes=AXES, draws=0, worth=None, **limits):
-    return search_axes(flops, load_cluster("a100"), Limits(**{"memory": 12 * GIB} | limits), axes, WORK, worth, draws)
+def search(flops=BUDGET, axes=AXES, draws=0, own=None, **limits):
+    return search_axes(flops, load_cluster("a100"), Limits(**{"memory": 12 * GIB} | limits), axes, WORK, own, draws)
 
 
 @pytest.fixture(scope="module")
@@ -144,12 +145,13 @@ def test_streams_in_a_share_of_the_tokens_leave_more_tokens():
 
 
 def test_blocks_are_dominated_until_runs_show_their_worth():
-    plain, worthy = search(), search(worth={2: 1.2})
+    plain, worthy = search(), search(own=Own(given={2: 1.2}))
     assert plain.table.sizes.blocks[plain.best()] == 1
     assert (plain.dominator[plain.fits & (plain.table.sizes.blocks == 2)] >= 0).all()
     assert worthy.table.sizes.blocks[worthy.best()] == 2
     least, most = plain.break_even
     assert 1 < least <= most < 1.01
+    assert worthy.break_even == pytest.approx(plain.break_even, rel=1e-6), "the a_K that is needed, not what is missing"
 
 
 def test_intervals_are_given_where_runs_are_known_and_nowhere_else(found):

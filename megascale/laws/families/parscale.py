@@ -24,13 +24,13 @@ def _columns(v: Values, x: Inputs) -> Array:
     return np.stack([np.ones_like(x["N"]), (x["N"] * multiplier(v, x)) ** -v["alpha"]], axis=1)
 
 
-_FLOOR = Linear("E")
-_SCALE = Linear("A", of=lambda coefficient, v: coefficient ** (1 / v["alpha"]))
+FLOOR = Linear("E")
+SCALE = Linear("A", of=lambda coefficient, v: coefficient ** (1 / v["alpha"]))
 """the coefficient is A^alpha"""
 
 PARSCALE = Form(
     "parscale", "L = E + (A / (N (k ln P + 1)))^alpha", ("N", "P"),
-    (Parameter("k", 0.05, 2.0), Parameter("alpha", 0.05, 1.0, least=1e-3, most=5.0)), (_FLOOR, _SCALE), _loss, _columns,
+    (Parameter("k", 0.05, 2.0), Parameter("alpha", 0.05, 1.0, least=1e-3, most=5.0)), (FLOOR, SCALE), _loss, _columns,
 )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def _shared(v: Values, x: Inputs) -> Array:
 
 CORRELATION = Form(
     "parscale-correlation", "L = E + (A/N)^alpha ((P-1) rho + 1)/P", ("N", "P"),
-    (Parameter("rho", 0.3, 0.99, most=1.0), Parameter("alpha", 0.05, 1.0, least=1e-3, most=5.0)), (_FLOOR, _SCALE),
+    (Parameter("rho", 0.3, 0.99, most=1.0), Parameter("alpha", 0.05, 1.0, least=1e-3, most=5.0)), (FLOOR, SCALE),
     lambda v, x: v["E"] + (v["A"] / x["N"]) ** v["alpha"] * _shared(v, x),
     lambda v, x: np.stack([np.ones_like(x["N"]), x["N"] ** -v["alpha"] * _shared(v, x)], axis=1),
 )  # fmt: skip
