@@ -201,10 +201,12 @@ MOST_STREAMS = 8
 """With more, the kernels' registers are spilled to memory."""
 
 
-def _fits(x: Tensor, mix_weight: Tensor) -> bool:
-    streams, inner = mix_weight.shape
+def why_plain(streams: int, width: int, inner: int) -> str:
+    """Why the kernels are not made for P streams, d and h, in words; empty: they are."""
+    if streams > MOST_STREAMS:
+        return f"more than {MOST_STREAMS} streams"
     # rows of other widths have no aligned 16 bytes to load at a time
-    return streams <= MOST_STREAMS and x.shape[2] % 16 == 0 and inner % 16 == 0
+    return "widths that are no multiples of 16" if width % 16 or inner % 16 else ""
 
 
 def aggregate_streams(
@@ -226,7 +228,7 @@ def aggregate_streams(
 
     Returns: y [T, d] as x, and w [T, P] in fp32 (fp64 for fp64).
     """
-    if is_fused(x, fused, _fits(x, mix_weight)):
+    if is_fused(x, fused, not why_plain(mix_weight.shape[0], x.shape[2], mix_weight.shape[1])):
         return _aggregate(x, hidden, hidden_bias, mix_weight, mix_bias, smoothing, first_stream)[:2]
     scores = F.linear(F.silu(hidden + hidden_bias), mix_weight, mix_bias)
     weights = _smooth(widen(scores).softmax(-1), smoothing)
@@ -241,6 +243,6 @@ def linear_aggregate_streams(
 
     bias [h] is the product's; the other arguments and the results are those of `aggregate_streams`.
     """
-    if is_fused(x, fused, _fits(x, mix_weight)):
+    if is_fused(x, fused, not why_plain(mix_weight.shape[0], x.shape[2], mix_weight.shape[1])):
         return _linear_aggregate(x, weight, bias, mix_weight, mix_bias, smoothing)[:2]
     return aggregate_streams(x, F.linear(x.flatten(1), weight), bias, mix_weight, mix_bias, smoothing, fused=False)

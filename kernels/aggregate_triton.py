@@ -173,7 +173,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [T, d] as x, and in fp32 or fp64 the weights [T, P] and the softmax they are smoothed from; see `aggregate.aggregate_streams`."""
     (tokens, here, width), (streams, inner) = x.shape, mix_weight.shape
-    x, hidden, mix_weight = dense_rows(x), dense_rows(hidden), mix_weight.contiguous()
+    x, hidden = dense_rows(x), dense_rows(hidden)
+    bias, mix_weight, mix_bias = bias.contiguous(), mix_weight.contiguous(), mix_bias.contiguous()
     y = x.new_empty(tokens, width)
     weights, shares = (x.new_empty(tokens, streams, dtype=wide_dtype(x)) for _ in range(2))
     tile = _tile()
@@ -208,7 +209,7 @@ def backward_streams(
 def backward_hidden(grad_scores: Tensor, hidden: Tensor, bias: Tensor, mix_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of the scores' gradient [T, P]: those of the hidden layer's result [T, h], its bias [h] and the mixing weight [P, h]."""
     (tokens, inner), streams = hidden.shape, mix_weight.shape[0]
-    hidden, mix_weight = dense_rows(hidden), mix_weight.contiguous()
+    hidden, bias, mix_weight = dense_rows(hidden), bias.contiguous(), mix_weight.contiguous()
     grad_hidden = hidden.new_empty(tokens, inner)
     tile = _tile()
     rows_each = triton.cdiv(triton.cdiv(tokens, PARTS), tile["ROWS"]) * tile["ROWS"]

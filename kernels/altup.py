@@ -33,9 +33,15 @@ MOST_BLOCKS = 8
 """of the kernels, which hold one vector of every block in registers"""
 
 
+def why_plain(blocks: int, width: int) -> str:
+    """Why the kernels are not made for K blocks of width d, in words; empty: they are."""
+    if blocks > MOST_BLOCKS:
+        return f"more than {MOST_BLOCKS} blocks"
+    return "" if width % 16 == 0 else "a width that is no multiple of 16"  # rows consist of whole vectors of 16 bytes
+
+
 def _fits(state: Tensor) -> bool:
-    """Rows consist of whole vectors of 16 bytes."""
-    return state.shape[2] <= MOST_BLOCKS and state.shape[3] % 16 == 0
+    return not why_plain(state.shape[2], state.shape[3])
 
 
 # the plain forms: one block and one product at a time, so that nothing K times as wide is held in the precision of the coefficients

@@ -19,9 +19,9 @@ from torch import Tensor
 from megascale.kernels.precision import wide_dtype, widen
 
 Pair = tuple[Tensor, Tensor]
-IMPLEMENTATIONS = {9: (("FA3", "flash_attn_interface"),), 10: (("FA4", "flash_attn.cute.interface"),)}
-"""What is faster than the FlashAttention 2 in torch, by major compute capability: torch's name for it, and its module. FlashAttention 3
-(arXiv 2407.08608) is made for Hopper, 4 (arXiv 2603.05451) for Blackwell."""
+IMPLEMENTATIONS = {9: (("FA3", "flash_attn_interface", 256),), 10: (("FA4", "flash_attn.cute.interface", 128),)}
+"""What is faster than the FlashAttention 2 in torch, by major compute capability: torch's name for it, its module, and the widest head that
+it takes. FlashAttention 3 (arXiv 2407.08608) is made for Hopper, 4 (arXiv 2603.05451) for Blackwell."""
 
 
 def _is_installed(module: str) -> bool:
@@ -43,8 +43,10 @@ def choose_flash(device: torch.device, dtype: torch.dtype, width: int) -> str:
 
     major, minor = torch.cuda.get_device_capability(device)
     missing = []
-    for name, module in () if torch.version.hip else IMPLEMENTATIONS.get(major, ()):
-        if not _is_installed(module):
+    for name, module, widest in () if torch.version.hip else IMPLEMENTATIONS.get(major, ()):
+        if width > widest:
+            missing.append(f"{name}, for heads of at most {widest}")
+        elif not _is_installed(module):
             missing.append(module)
         elif name not in attention.list_flash_attention_impls():
             missing.append(f"a torch that knows {name}")

@@ -139,7 +139,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, weight, ends = ctx.saved_tensors
-    grad = grad.contiguous()
+    grad = grad.contiguous() if grad.numel() else grad.new_empty(grad.shape)  # strides of nothing may be 0, which products refuse
     grad_x = grouped_linear_dgrad(grad, weight, ends) if ctx.needs_input_grad[0] else None
     grad_weight = grouped_linear_wgrad(grad, x, ends) if ctx.needs_input_grad[1] else None
     return grad_x, grad_weight, None

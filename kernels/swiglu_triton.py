@@ -72,11 +72,12 @@ def swiglu(
 ) -> Tensor:
     """See `megascale.kernels.swiglu`; with weights, rows from `ends[-1]` on are not written."""
     gate, up, out = dense_rows(gate), dense_rows(up), gate.new_empty(gate.shape)
+    weights, order, ends = (None if x is None else x.contiguous() for x in (weights, order, ends))
     if out.numel() == 0:
         return out
     block, warps = _tile(gate.shape[1])
     _forward[(gate.shape[0], triton.cdiv(gate.shape[1], block))](
-        gate, up, None if weights is None else weights.contiguous(), order, ends, out,
+        gate, up, weights, order, ends, out,
         gate.stride(0), up.stride(0), gate.shape[1], 0 if ends is None else ends.numel(),
         WEIGHTED=weights is not None, COMPUTE=compute_type(gate), BLOCK=block, num_warps=warps,
     )  # fmt: skip
@@ -88,7 +89,7 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of gate and up (with weights, rows from `ends[-1]` on are not written), and of the weights, of that of the result."""
     grad, gate, up = dense_rows(grad), dense_rows(gate), dense_rows(up)
-    weights = None if weights is None else weights.contiguous()
+    weights, order, ends = (None if x is None else x.contiguous() for x in (weights, order, ends))
     grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
     grad_weights = None if weights is None else weights.new_empty(weights.shape)
     if gate.numel() == 0:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
-from megascale.kernels.altup import altup_mix, altup_predict, altup_split
+from megascale.kernels.altup import altup_mix, altup_predict, altup_split, why_plain
 from megascale.model.attention import Packing
 
 Parts = tuple[Tensor, ...]
@@ -42,6 +42,8 @@ class AltUpResidual(nn.Module):
         self.by_token = model.altup.coefficients == "token"
         self.fused: bool | None = None
         """whether the kernels are used (`megascale.kernels.altup`)"""
+        self.why_plain = why_plain(blocks, width)
+        """why a GPU has none for it, in words; empty: it has"""
         self.predict = nn.Parameter(torch.zeros(blocks**2, blocks) if self.by_token else torch.zeros(blocks, blocks))
         self.correct = nn.Parameter(torch.zeros(blocks, blocks) if self.by_token else torch.zeros(blocks))
         if self.by_token:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megascale.config.schema import Model
-from megascale.kernels.aggregate import aggregate_streams, linear_aggregate_streams
+from megascale.kernels.aggregate import aggregate_streams, linear_aggregate_streams, why_plain
 from megascale.model.exchange import Exchange, Split, identity
 
 
@@ -76,6 +76,8 @@ class Aggregator(nn.Module):
         self.scatter_streams: Exchange = identity
         self.share_streams: Exchange = identity
         self.fused: bool | None = None
+        self.why_plain = why_plain(streams, width, hidden or width)
+        """why a GPU has no kernels for it, in words; empty: it has"""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         hidden, mix = self.hidden, (self.mix.weight, self.mix.bias, self.smoothing)

@@ -13,8 +13,9 @@ from megascale.config.errors import InputError
 from megascale.config.schema import Config
 from megascale.kernels.flash import choose_flash
 
-FUSED = "fused"
-"""Modules with kernels have an attribute of this name: none lets the device decide, False means plain PyTorch."""
+FUSED, WHY_PLAIN = "fused", "why_plain"
+"""Modules with kernels have an attribute of the first name: none lets the device decide, False means plain PyTorch. Those whose kernels do
+not take every shape have one of the second: why they have none for theirs."""
 
 
 def use_kernels(modules: Sequence[nn.Module], choice: Literal["auto", "plain"], device: torch.device) -> str:
@@ -34,8 +35,10 @@ def use_kernels(modules: Sequence[nn.Module], choice: Literal["auto", "plain"], 
 
     for part in parts:
         setattr(part, FUSED, None)
-    names = ", ".join(sorted({type(part).__name__ for part in parts})) or "no part of this model has any"
-    return f"triton {triton.__version__} ({names})"
+    reasons = {type(part).__name__: str(getattr(part, WHY_PLAIN, "")) for part in parts}
+    names = ", ".join(sorted(name for name, reason in reasons.items() if not reason)) or "no part of this model has any"
+    plain = "".join(f"; {name} is plain PyTorch: {reason}" for name, reason in sorted(reasons.items()) if reason)
+    return f"triton {triton.__version__} ({names}){plain}"
 
 
 def use_attention(config: Config, device: torch.device) -> str:

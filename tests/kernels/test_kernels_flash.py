@@ -42,6 +42,13 @@ def test_the_fastest_kernels_that_are_installed_are_used_and_named(gpu, major: i
     assert found == activated
 
 
+def test_wider_heads_than_the_fastest_takes_stay_on_torchs_own(gpu) -> None:
+    found = gpu(10, "flash_attn.cute.interface")
+    said = choose_flash(CUDA, torch.bfloat16, 192)
+    assert said == "FlashAttention 2 in torch; faster on sm_100 would be FA4, for heads of at most 128"
+    assert found == []
+
+
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 64), (torch.bfloat16, 20), (torch.bfloat16, 512)])
 def test_what_no_flash_kernel_takes_is_said(gpu, dtype: torch.dtype, width: int) -> None:
     assert gpu(9, "flash_attn_interface") == []

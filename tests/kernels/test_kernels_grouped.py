@@ -51,6 +51,15 @@ def test_all_rows_may_go_to_one_expert_and_idle_ones_get_no_gradient(counts: Cou
     assert [bool(grad_weight[e].any()) for e in range(3)] == [e == busy for e in range(3)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_rank_without_rows_gives_its_weights_no_gradient(dtype: torch.dtype) -> None:
+    x, weight, ends = inputs((0, 0), dtype)
+    out = grouped_linear(x, weight, ends)
+    grad_x, grad_weight = torch.autograd.grad(out.sum(), (x, weight))  # its gradient has strides of 0
+    assert (out.shape, grad_x.shape) == ((0, 8), (0, 16))
+    assert not grad_weight.any()
+
+
 def test_rows_behind_the_last_end_are_never_read() -> None:
     counts = (3, 0, 5)
     clean_x, weight, ends = inputs(counts)

@@ -11,7 +11,11 @@ import torch
 from torch import nn
 
 from megascale.config.errors import InputError
+from megascale.kernels.fused import is_fused
+from megascale.model.altup import AltUpResidual
+from megascale.model.streams import Aggregator
 from megascale.train.fused import use_kernels
+from tiny import tiny_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -46,6 +50,18 @@ def test_on_a_gpu_every_part_with_kernels_uses_them(model: nn.Sequential, monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.6.0"))
     assert decided(model, "auto", CUDA) == ([None, None], "triton 3.6.0 (Part)")
+
+
+def test_a_part_whose_shape_has_no_kernel_is_named_with_the_reason(model: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.6.0"))
+    many = Aggregator(32, 9, 0.1)
+    said = use_kernels([nn.Sequential(model, many)], "auto", CUDA)
+    assert said == "triton 3.6.0 (Part); Aggregator is plain PyTorch: more than 8 streams"
+    assert not is_fused(torch.zeros(1), many.fused, not many.why_plain)
+    few = AltUpResidual(tiny_model(width=24, altup={"blocks": 2}), 0)
+    assert use_kernels([few], "auto", CUDA).endswith("AltUpResidual is plain PyTorch: a width that is no multiple of 16")
+    assert use_kernels([Aggregator(32, 8, 0.1)], "auto", CUDA) == "triton 3.6.0 (Aggregator)"
 
 
 def test_a_gpu_without_triton_is_refused_with_the_way_out(model: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:

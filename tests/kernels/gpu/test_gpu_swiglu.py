@@ -62,9 +62,12 @@ def test_with_weights(device: torch.device, dtype: torch.dtype, number: int, k: 
     for rows, behind in ((lambda x: x, torch.nan), (uncontiguous, 1.0)):
         for x in (gate, up, grad):
             x[live:] = behind
-        inputs = [rows(x) for x in (gate, up)]
-        out = twice(kernels.swiglu, *inputs, weights, order, ends)
-        *gradients, grad_weights = twice(kernels.swiglu_backward, rows(grad), *inputs, weights, order, ends)
+        inputs = [
+            *(rows(x) for x in (gate, up)),
+            *(torch.stack([x, x + 1], -1).flatten(-2)[..., ::2] for x in (weights, order, ends)),
+        ]
+        out = twice(kernels.swiglu, *inputs)
+        *gradients, grad_weights = twice(kernels.swiglu_backward, rows(grad), *inputs)
         for x in (out, *gradients):
             assert (x.shape, x.dtype) == (gate.shape, dtype)
             assert x[live:].isnan().all()  # not written
