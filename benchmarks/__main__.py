@@ -16,6 +16,10 @@ TABLES = {
 }
 
 if __name__ == "__main__":
+    usage = f"usage: python -m benchmarks {{{','.join(TABLES)}}} [options]"
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(usage)
+        sys.exit()
     if len(sys.argv) < 2 or sys.argv[1] not in TABLES:
-        sys.exit(f"usage: python -m benchmarks {{{','.join(TABLES)}}} [options]")
+        sys.exit(usage)
     TABLES[sys.argv[1]](sys.argv[2:])

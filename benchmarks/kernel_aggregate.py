@@ -8,6 +8,7 @@ its gradient, (1 + 3/P) u.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -83,7 +84,7 @@ def _shape_rows(device: torch.device, tokens: int, streams: int, width: int, rou
     size = tokens * streams * width * 2
     moved = size * (2 + 5 / streams)
     floor_ms = times["GEMMs"] + times["copy"] * moved / (2 * size)
-    best = min(value for name, value in times.items() if name.startswith("compiled"))
+    best = min((ms for name, ms in times.items() if name.startswith("compiled") and ms == ms), default=math.nan)
     floor = {"TFLOP": 6 * tokens * streams * width * width / 1e12, "GB": moved / 1e9}
     return form_rows(device, f"T={tokens} P={streams} d={width}", trains, times, floor_ms, floor, ("best compiled", best))
 

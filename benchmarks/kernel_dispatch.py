@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure import form_rows, milliseconds
+from benchmarks.measure import attempt, form_rows, milliseconds
 from megascale.config.resolve import resolve
 from megascale.config.schema import Config, Experts, Model
 from megascale.kernels.dispatch import combine_copies, copy_rows, sort_copies, sum_copies
@@ -224,26 +224,30 @@ def _forms(shape: Shape, device: torch.device, chosen: _Chosen) -> dict[str, tup
         if name == "plain, compiled":
             layer.compile(dynamic=False)
         forms[name] = (lambda x, layer=layer: layer(x[:, None], None)[0], [layer.gate, layer.up, layer.down])
-    block = _transformers(shape, device)
+    block, _ = attempt(partial(_transformers, shape, device))
     if block is not None:
         forms["transformers, grouped_mm"] = (lambda x: block(x, chosen.experts, chosen.gates), list(block.parameters()))
     if importlib.util.find_spec("liger_kernel") is not None and device.type == "cuda":
-        from liger_kernel.ops import LigerFusedMoEFunction
-
-        gate_up, down = (
-            nn.Parameter(torch.randn(shape.count, *sizes, device=device).bfloat16() * sizes[1] ** -0.5)
-            for sizes in ((2 * shape.hidden, shape.width), (shape.width, shape.hidden))
-        )
-        index = chosen.experts.int()
-        forms["liger"] = (
-            lambda x: LigerFusedMoEFunction.apply(x, gate_up, down, index, chosen.gates.to(x.dtype)),
-            [gate_up, down],
-        )
+        liger, _ = attempt(partial(_liger, shape, device, chosen))
+        if liger is not None:
+            forms["liger"] = liger
     return forms
 
 
+def _liger(shape: Shape, device: torch.device, chosen: _Chosen) -> tuple[Form, list[Tensor]]:
+    from liger_kernel.ops import LigerFusedMoEFunction
+
+    gate_up, down = (
+        nn.Parameter(torch.randn(shape.count, *sizes, device=device).bfloat16() * sizes[1] ** -0.5)
+        for sizes in ((2 * shape.hidden, shape.width), (shape.width, shape.hidden))
+    )
+    index = chosen.experts.int()
+    return lambda x: LigerFusedMoEFunction.apply(x, gate_up, down, index, chosen.gates.to(x.dtype)), [gate_up, down]
+
+
 def _train(form: Form, leaves: list[Tensor], x: Tensor, grad: Tensor) -> object:
-    return torch.autograd.grad(form(x), [x, *leaves], grad)
+    out = form(x)
+    return torch.autograd.grad(out, [x, *leaves], grad.view_as(out))
 
 
 def _products(layer: routing.Experts, x: Tensor, hidden: Tensor, ends: Tensor) -> None:
@@ -261,11 +265,9 @@ def layer_rows(device: torch.device, small: bool) -> list[dict[str, Any]]:
         chosen = _Chosen(gates, experts)
         forms = _forms(shape, device, chosen)
         grad = torch.randn_like(x)
-        runs: dict[str, Callable[[], object]] = {}
-        for name, (form, weights) in forms.items():
-            out = form(x)
-            runs[name] = partial(_train, form, [*weights, gates], x, grad.view(out.shape))
-            del out
+        runs: dict[str, Callable[[], object]] = {
+            name: partial(_train, form, [*weights, gates], x, grad) for name, (form, weights) in forms.items()
+        }
         layer = _layer(shape, device, chosen, False)
         copies, hidden = (
             torch.randn(shape.copies, n, device=device).bfloat16().requires_grad_() for n in (shape.width, shape.hidden)
@@ -275,5 +277,5 @@ def layer_rows(device: torch.device, small: bool) -> list[dict[str, Any]]:
         times = milliseconds(device, runs | {"floor": floor}, 5 if small else 10)
         flops = 18.0 * shape.copies * shape.width * shape.hidden
         found = form_rows(device, str(shape), runs, times, times["floor"], {})
-        table += [row | {"TFLOP/s": flops / row["ms"] / 1e9} for row in found]
+        table += [row if row["ms"] == "failed" else row | {"TFLOP/s": flops / row["ms"] / 1e9} for row in found]
     return table

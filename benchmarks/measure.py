@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -10,10 +12,11 @@ import platform
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,6 +44,35 @@ L2_BYTES = 256 * 2**20
 """Written between two measurements on a GPU: more than any second-level cache."""
 
 
+Result = TypeVar("Result")
+
+
+def attempt(run: Callable[[], Result]) -> tuple[Result | None, str]:
+    """What it returns, or none and why it fails, in words: one form or model that this machine cannot run loses no other. Frees what it
+    leaves.
+    """
+    try:
+        return run(), ""
+    except Exception as error:  # noqa: BLE001, forms of other libraries fail in every way
+        traceback.print_exc()
+        return None, f"{type(error).__name__}: {error}".split("\n")[0][:200]
+    finally:
+        free()
+
+
+def free() -> None:
+    """Give back the memory of what nobody refers to; compiled modules refer to themselves."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _working(variants: Mapping[str, Callable[[], object]]) -> tuple[dict[str, Callable[[], object]], list[str]]:
+    """Those that run, and the names of the others. Each is run once."""
+    failed = [name for name, run in variants.items() if attempt(run)[1]]
+    return {name: run for name, run in variants.items() if name not in failed}, failed
+
+
 def _on_gpu(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -61,11 +93,14 @@ def _on_gpu(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 
 def milliseconds(device: torch.device, variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Of each variant, run in turn: on a GPU the median, with nothing of it in the second-level cache; on a CPU, which others may use
-    meanwhile, the best.
+    meanwhile, the best. Not a number for one that fails; it prints why.
     """
+    runs, failed = _working(variants)
     if device.type == "cuda":
-        return _on_gpu(variants, rounds)
-    return {name: 1e3 * seconds["best_s"] for name, seconds in interleaved(variants, rounds).items()}
+        times = _on_gpu(runs, rounds)
+    else:
+        times = {name: 1e3 * seconds["best_s"] for name, seconds in interleaved(runs, rounds).items()}
+    return times | dict.fromkeys(failed, math.nan)
 
 
 def peak_allocated_mib(device: torch.device, run: Callable[[], object]) -> float | None:
@@ -98,10 +133,15 @@ def form_rows(
         floor_ms: which no form can beat.
         floor: what has to be done in that time, by unit: GB, TFLOP.
         rival: what forms are compared with, in words, and its milliseconds; none = the best other than ours, or ours where it is alone.
+
+    A form that failed, whose time is not a number, has a row that says so.
     """
-    words, rival_ms = rival or ("best other", min((times[form] for form in runs if form != "ours"), default=times["ours"]))
+    others = (times[form] for form in runs if form != "ours" and not math.isnan(times[form]))
+    words, rival_ms = rival or ("best other", min(others, default=times["ours"]))
     return [
-        {
+        {"case": case, "form": form, "ms": "failed"}
+        if math.isnan(times[form])
+        else {
             "case": case,
             "form": form,
             "ms": times[form],
@@ -154,8 +194,9 @@ def on_ranks(function: Callable[..., Any], size: int, *arguments: object) -> lis
 
 
 def print_table(rows: list[dict[str, object]]) -> None:
-    """The rows as aligned text."""
-    cells = [list(rows[0])] + [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    """The rows as aligned text; what a row lacks stays empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names] + [[f"{v:.3f}" if isinstance(v := row.get(name, ""), float) else str(v) for name in names] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     for row in cells:
         print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)))

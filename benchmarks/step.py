@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import milliseconds, peak_allocated_mib, peak_memory_mib, print_table, write_result
+from benchmarks.measure import attempt, free, milliseconds, peak_allocated_mib, peak_memory_mib, print_table, write_result
 from megascale.config.resolve import resolve
 from megascale.config.schema import AltUp, Config, Experts, Model, Streams
 from megascale.model.accounting import flops_per_token
@@ -54,7 +57,7 @@ class Shape:
     def of(cls, given: argparse.Namespace) -> Shape:
         """The shape that options describe."""
         names = ("width", "layers", "vocabulary", "batch", "length")
-        default = dict(zip(names, (2048, 24, 32768, 8, 4096) if given.device == "cuda" else (512, 4, 4096, 8, 512), strict=True))
+        default = dict(zip(names, (2048, 24, 32768, 4, 4096) if given.device == "cuda" else (512, 4, 4096, 8, 512), strict=True))
         chosen = {name: default[name] if getattr(given, name) is None else getattr(given, name) for name in names}
         return cls(**chosen, precision=given.precision, device=given.device)
 
@@ -168,36 +171,61 @@ def _run_twice(maker: Callable[..., Callable[[], None]], *arguments: object) -> 
     run()
 
 
-def _peak(
-    device: torch.device, maker: Callable[..., Callable[[], None]], run: Callable[[], None], *arguments: object
-) -> float | None:
-    """MiB: on a GPU what a run allocates, on a CPU the growth of a fresh process."""
-    return peak_allocated_mib(device, run) if device.type == "cuda" else peak_memory_mib(_run_twice, maker, *arguments)
+Maker = tuple[Callable[..., Callable[[], None]], tuple[Any, ...]]
+"""What makes a step, and of what."""
+
+
+def measured(device: torch.device, makers: Mapping[str, Maker], rounds: int, memory: bool) -> dict[str, dict[str, Any]]:
+    """ms of each step, MiB of its peak if asked for, or why it failed. On a CPU, which others may use meanwhile, they run in turn; on a GPU
+    one model after the other, because not all of them fit.
+    """
+    if device.type == "cuda":
+        return {name: _alone(device, name, maker, rounds, memory) for name, maker in makers.items()}
+    times = milliseconds(device, {name: make(*arguments) for name, (make, arguments) in makers.items()}, rounds)
+    found: dict[str, dict[str, Any]] = {name: {"ms": ms} for name, ms in times.items()}
+    for name, (make, arguments) in makers.items() if memory else ():
+        found[name]["peak_mib"] = peak_memory_mib(_run_twice, make, *arguments)
+    return found
+
+
+def _alone(device: torch.device, name: str, maker: Maker, rounds: int, memory: bool) -> dict[str, Any]:
+    def measure() -> dict[str, Any]:
+        make, arguments = maker
+        run = make(*arguments)
+        run()
+        found: dict[str, Any] = {"ms": milliseconds(device, {name: run}, rounds)[name]}
+        return found | {"peak_mib": peak_allocated_mib(device, run)} if memory else found
+
+    row, failure = attempt(measure)
+    torch._dynamo.reset()  # what it compiled holds the model
+    free()
+    return row or {"ms": math.nan, "failed": failure}
 
 
 def against_transformers(shape: Shape, rounds: int) -> list[dict[str, object]]:
     """One row a variant: time, its ratio to compiled transformers, peak memory."""
     device, model = torch.device(shape.device), plain(shape)
-    makers = {"ours": ours, "transformers": transformers_llama}
-    keys = {f"{name} {'compiled' if c else 'eager'}": (makers[name], c) for name in makers for c in (False, True)}
-    runs = {label: maker(model, shape, compiled) for label, (maker, compiled) in keys.items()}
-    times = milliseconds(device, runs, rounds)
-    return [
-        {
-            "variant": label,
-            "ms": times[label],
-            "time_over_compiled_transformers": times[label] / times["transformers compiled"],
-            "peak_mib": _peak(device, maker, runs[label], model, shape, compiled),
-        }
-        for label, (maker, compiled) in keys.items()
-    ]
+    steps = {"ours": ours, "transformers": transformers_llama}
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers is not installed: there is nothing to compare with")
+        del steps["transformers"]
+    makers: dict[str, Maker] = {
+        f"{name} {'compiled' if compiled else 'eager'}": (step, (model, shape, compiled))
+        for name, step in steps.items()
+        for compiled in (False, True)
+    }
+    found = measured(device, makers, rounds, memory=True)
+    rival = found.get("transformers compiled", {"ms": math.nan})["ms"]
+    return [{"variant": name, **row, "time_over_compiled_transformers": row["ms"] / rival} for name, row in found.items()]
 
 
 def cost_of_axes(shape: Shape, rounds: int) -> list[dict[str, object]]:
     """One row an axis: its time over the plain model's, beside the ratio of their FLOPs; on a GPU the share of its peak."""
     models, device = axes(plain(shape), shape), torch.device(shape.device)
     sequences = {name: shape.sequences.get(name, shape.batch) for name in models}
-    times = milliseconds(device, {name: ours(m, shape, True, sequences[name]) for name, m in models.items()}, rounds)
+    makers: dict[str, Maker] = {name: (ours, (model, shape, True, sequences[name])) for name, model in models.items()}
+    found = measured(device, makers, rounds, memory=False)
+    times = {name: row["ms"] for name, row in found.items()}
     peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
 
     def flops(name: str) -> float:
@@ -208,7 +236,7 @@ def cost_of_axes(shape: Shape, rounds: int) -> list[dict[str, object]]:
         {
             "axis": name,
             "sequences": sequences[name],
-            "ms": times[name],
+            **found[name],
             "time_ratio": times[name] / times["plain"],
             "flops_ratio": flops(name) / flops("plain"),
             "over_prediction": times[name] / times["plain"] * flops("plain") / flops(name),
@@ -228,11 +256,12 @@ def main(arguments: list[str]) -> None:
     torch._dynamo.config.recompile_limit = 64
     shape = Shape.of(given)
     choose_device(0, 1)  # threads and allocator as runs have them
-    tables = {
-        "against_transformers": against_transformers(shape, given.rounds),
-        "cost_of_axes": cost_of_axes(shape, given.rounds),
-    }
-    for rows in tables.values():
-        print_table(rows)
     name = f"step-{shape.precision}" if shape.device == "cpu" else f"step-{shape.precision}-{shape.device}"
-    print("stored in", write_result(name, ["step", *arguments], tables))
+    tables: dict[str, list[dict[str, object]]] = {}
+    for table in (cost_of_axes, against_transformers):
+        tables[table.__name__] = table(shape, given.rounds)
+        print_table(tables[table.__name__])
+        path = write_result(name, ["step", *arguments], tables)  # after each, in case the time runs out
+    print("stored in", path)
+    if failed := [str(row) for rows in tables.values() for row in rows if "failed" in row]:
+        sys.exit("\n".join(failed))

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
 import pytest
 import torch
 
-from benchmarks.measure import form_rows
+from benchmarks import gpu
+from benchmarks.measure import attempt, form_rows, milliseconds, print_table
 
 TIMES = {"ours": 2.0, "slow": 8.0, "quick": 4.0, "floor": 1.0}
 
@@ -30,3 +37,39 @@ def test_a_form_without_others_is_its_own_rival_unless_one_is_named(
 ) -> None:
     (row,) = _rows("ours", rival=rival)
     assert row[key] == ratio
+
+
+def test_a_form_that_fails_loses_no_other() -> None:
+    def fails() -> None:
+        raise RuntimeError("no such kernel")
+
+    runs = {"ours": lambda: None, "broken": fails}
+    times = milliseconds(torch.device("cpu"), runs, 2)
+    assert times["ours"] >= 0 and math.isnan(times["broken"])
+    ours, broken = form_rows(torch.device("cpu"), "T=1", runs, times | {"ours": 2.0}, 1.0, {})
+    assert (ours["best other / this"], broken) == (1.0, {"case": "T=1", "form": "broken", "ms": "failed"})
+    assert attempt(fails) == (None, "RuntimeError: no such kernel")
+
+
+def test_rows_of_a_table_may_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([{"a": 1}, {"b": 0.5}])
+    assert capsys.readouterr().out.split() == ["a", "b", "1", "0.500"]
+
+
+def test_a_part_that_takes_too_long_ends_with_all_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = "import os, subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); time.sleep(60)"
+    monkeypatch.setattr(gpu.Part, "command", lambda self, device: [sys.executable, "-c", child])
+    row = gpu.run_part(gpu.Part("slow", (), 1), "cpu", tmp_path, 2.0)
+    assert row["exit"] == "stopped after 2 s"
+    with suppress(psutil.NoSuchProcess):
+        grandchild = psutil.Process(int((tmp_path / "slow.log").read_text().split()[0]))
+        psutil.wait_procs([grandchild], timeout=20)
+        assert grandchild.status() == psutil.STATUS_ZOMBIE, "nobody reaps it, but it has ended"
+
+
+def test_without_a_gpu_its_benchmarks_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path)])
+    assert "--device cpu tries the parts in small" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """What Triton makes of our launches for GPUs that this machine does not have: registers, spills, shared memory, width of accesses.
 
 A launcher is called with tensors on the meta device; each launch it makes is compiled for the target, specialised as the launcher's own
-arguments would be, and not run. The process that does this can run no kernel any more: its driver is a stand-in.
+arguments would be, and not run.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def _mock(argument: object) -> object:
 
 
 def compile_launches(target: str, launcher: Callable[..., object], *arguments: object, **options: object) -> list[Binary]:
-    """Every launch of a call, compiled for a target. Tensors among the arguments are on the meta device."""
+    """Every launch of a call, compiled for a target. Tensors among the arguments are on the meta device. Behind it kernels run on this
+    machine's GPU again, if it has one.
+    """
     binaries: list[Binary] = []
     launch = JITFunction.run
 
@@ -99,6 +101,8 @@ def compile_launches(target: str, launcher: Callable[..., object], *arguments: o
         launcher(*arguments, **options)
     finally:
         JITFunction.run = launch
+        if torch.cuda.is_available():
+            triton.runtime.driver.reset_active()
     return binaries
 
 
