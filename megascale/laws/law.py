@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from megascale.config.errors import InputError
 from megascale.laws.form import Array, Form, Inputs, Values
 
+_LOSS_UNITS = ("nats per token", "bits")
+
 Evidence = Literal["primary", "secondary", "fitted here", "not verified"]
 """Where the constants were read: the paper or its code; a text about it; our own fit; nowhere we could check."""
 
@@ -46,7 +48,14 @@ class Quantity:
     compute: Callable[[Values, Inputs], Array]
     meaning: str = ""
     dimensionless: bool = False
-    """comparable between laws of different corpora"""
+    """a ratio or a multiplier"""
+    derives: Callable[[Values, Inputs], Inputs] | None = None
+    """symbols that follow from the inputs on the way, such as the best N and D for C: they have a range too"""
+
+    @property
+    def depends_on_corpus(self) -> bool:
+        """Whether it is a loss: another corpus or tokenizer shifts it."""
+        return self.unit in _LOSS_UNITS
 
 
 @dataclass(frozen=True)
@@ -104,13 +113,32 @@ class Law:
         arrays = {symbol: np.asarray(inputs[symbol], dtype=np.float64) for symbol in quantity.inputs}
         return np.asarray(quantity.compute(values or self.values, arrays), dtype=np.float64)
 
-    def outside(self, inputs: Inputs, names: tuple[str, ...] | None = None) -> dict[str, NDArray[np.bool_]]:
-        """Where the inputs leave the range the law was fitted in, by symbol or ratio; only symbols that do so somewhere."""
+    def derived(self, quantity: Quantity, inputs: Inputs) -> dict[str, Array]:
+        """What the quantity derives from the inputs on its way, by symbol, and the ratios of it that have a range."""
+        found = dict(quantity.derives(self.values, inputs)) if quantity.derives is not None else {}
+        for symbol in self.variables:
+            upper, _, lower = symbol.partition("/")
+            if lower and upper in found and lower in found:
+                found[symbol] = found[upper] / found[lower]
+        return found
+
+    def outside(self, inputs: Inputs, quantity: Quantity | None = None) -> dict[str, NDArray[np.bool_]]:
+        """Where the range the law was fitted in is left, by symbol or ratio; only symbols that do so somewhere.
+
+        With a quantity: by its own inputs, or by what it derives from them.
+        """
+        if quantity is None:
+            return self._flags(inputs)
+        own = {symbol: inputs[symbol] for symbol in quantity.inputs}
+        flags = self._flags(own)
+        for symbol, flag in self._flags(self.derived(quantity, own)).items():
+            flags[symbol] = flags[symbol] | flag if symbol in flags else flag
+        return flags
+
+    def _flags(self, inputs: Inputs) -> dict[str, NDArray[np.bool_]]:
         known = {symbol: np.asarray(value, dtype=np.float64) for symbol, value in inputs.items()}
         flags = {}
         for symbol, variable in self.variables.items():
-            if names is not None and not set(symbol.split("/")) <= set(names):
-                continue
             upper, _, lower = symbol.partition("/")
             if upper in known and (not lower or lower in known):
                 value = known[upper] / known[lower] if lower else known[upper]

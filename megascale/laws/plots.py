@@ -39,7 +39,7 @@ def plot_law(law: Law, x: str, at: Mapping[str, Sequence[float]], path: Path) ->
     for label, fixed in _lines(others):
         inputs = {x: values, **{symbol: np.full(_POINTS, value) for symbol, value in fixed.items()}}
         outside = np.zeros(_POINTS, dtype=bool)
-        for flags in law.outside(inputs, quantity.inputs).values():
+        for flags in law.outside(inputs, quantity).values():
             outside |= flags
         curve(axes, values, law.predict(quantity.name, inputs), outside, label)
     _save(axes, path)

@@ -27,6 +27,8 @@ def grid(at: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
 def predict(laws: Sequence[Law], at: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     """What each law says at each point: law, quantity, unit, inputs, value, and the symbols that leave its range.
 
+    `derived`: the values of those that are not given but follow from the inputs, such as the best N for C.
+
     Raises:
         InputError: a symbol that no law has, an input that is no positive number, inputs that determine nothing.
     """
@@ -53,14 +55,16 @@ def _row(law: Law, quantity: Quantity, used: Point) -> dict[str, Any]:
     inputs = {symbol: np.asarray([value]) for symbol, value in used.items()}
     with np.errstate(all="ignore"):
         value = float(np.ravel(law.predict(quantity.name, inputs))[0])
+        outside, derived = law.outside(inputs, quantity), law.derived(quantity, inputs)
     return {
         "law": law.name,
         "quantity": quantity.name,
         "unit": quantity.unit,
         "inputs": dict(used),
         "value": value,
-        "out_of_range": {s: _range(law, s) for s in law.outside(inputs, quantity.inputs)},
-        "dimensionless": quantity.dimensionless,
+        "out_of_range": {s: _range(law, s) for s in outside},
+        "derived": {s: float(np.ravel(derived[s])[0]) for s in law.outside(derived)},
+        "depends_on_corpus": quantity.depends_on_corpus,
         "corpus": law.corpus,
     }
 
@@ -73,25 +77,33 @@ def _range(law: Law, symbol: str) -> list[float]:
 def disagreements(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Where two laws or more predict the same quantity at compatible inputs: the spread, largest over smallest.
 
-    Losses are compared within one corpus only: another corpus or tokenizer shifts them. Ratios and multipliers are compared always.
+    Losses are compared within each corpus only: another corpus or tokenizer shifts them. What is not compared is said, with the laws
+    of each corpus in `groups`. All other quantities are compared always.
     Laws may need different inputs for one quantity: inputs are compatible when the shared ones are equal.
     """
+    found: list[dict[str, Any]] = []
+    for name in dict.fromkeys(row["quantity"] for row in rows):
+        asked = [row for row in rows if row["quantity"] == name]
+        # Without a loss there is one group.
+        groups: dict[str, list[Mapping[str, Any]]] = {}
+        for row in asked:
+            groups.setdefault(row["corpus"] if row["depends_on_corpus"] else "", []).append(row)
+        for group in groups.values():
+            found += _spreads(name, group)
+        if len(groups) > 1:
+            laws = [sorted({row["law"] for row in group}) for group in groups.values()]
+            found.append({"quantity": name, "groups": laws, "not_compared": "measured on different corpora"})
+    return found
+
+
+def _spreads(name: str, group: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
-    names = dict.fromkeys(row["quantity"] for row in rows)
-    for name in names:
-        group = [row for row in rows if row["quantity"] == name]
-        if len({row["law"] for row in group}) < 2:
-            continue
-        if not group[0]["dimensionless"] and len({row["corpus"] for row in group}) > 1:
-            laws = sorted({row["law"] for row in group})
-            found.append({"quantity": name, "laws": laws, "not_compared": "measured on different corpora"})
-            continue
-        widest = max(group, key=lambda row: len(row["inputs"]))["law"]
-        for base in (row for row in group if row["law"] == widest):
-            values = {row["law"]: row["value"] for row in group if _compatible(row["inputs"], base["inputs"])}
-            finite = [value for value in values.values() if np.isfinite(value) and value > 0]
-            if len(finite) > 1:
-                found.append({"quantity": name, "inputs": base["inputs"], "values": values, "spread": max(finite) / min(finite)})
+    widest = max(group, key=lambda row: len(row["inputs"]))["law"]
+    for base in (row for row in group if row["law"] == widest):
+        values = {row["law"]: row["value"] for row in group if _compatible(row["inputs"], base["inputs"])}
+        finite = [value for value in values.values() if np.isfinite(value) and value > 0]
+        if len(finite) > 1:
+            found.append({"quantity": name, "inputs": base["inputs"], "values": values, "spread": max(finite) / min(finite)})
     return found
 
 

@@ -110,7 +110,10 @@ def predictions_text(facts: _FACTS) -> str:
     for row in facts["predictions"]:
         given = " ".join(f"{symbol}={value:.6g}" for symbol, value in row["inputs"].items())
         interval = f"[{row['low']:.5g}, {row['high']:.5g}]" if "low" in row else ""
-        outside = "; ".join(f"{s} outside {low:.4g} to {high:.4g}" for s, (low, high) in row["out_of_range"].items())
+        derived = {s: f"derived {s} = {value:.4g}" for s, value in row.get("derived", {}).items()}
+        outside = "; ".join(
+            f"{derived.get(s, s)} outside {low:.4g} to {high:.4g}" for s, (low, high) in row["out_of_range"].items()
+        )
         cells.append(
             [
                 row["law"],
@@ -125,7 +128,8 @@ def predictions_text(facts: _FACTS) -> str:
     lines = [_table(["law", "at", "quantity", "value", "95 %", "unit", ""], cells)]
     for found in facts["disagreements"]:
         if "not_compared" in found:
-            lines.append(f"{found['quantity']} of {', '.join(found['laws'])} is not compared: {found['not_compared']}")
+            groups = " | ".join(", ".join(laws) for laws in found["groups"])
+            lines.append(f"{found['quantity']} is not compared between {groups}: {found['not_compared']}")
             continue
         values = ", ".join(f"{law} {value:.4g}" for law, value in found["values"].items())
         given = " ".join(f"{symbol}={value:.4g}" for symbol, value in found["inputs"].items())

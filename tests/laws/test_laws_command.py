@@ -56,20 +56,53 @@ def test_list_and_show(call) -> None:
 def test_predict_flags_what_is_out_of_range_and_says_how_far_laws_disagree(call) -> None:
     found = call("predict", "joint-moe", "ling-leverage", "--at", "C=1e20,1e22", "E=32", "A=0.03125", "G=2", "--json")
     far = [row for row in found["predictions"] if row["law"] == "joint-moe" and row["inputs"]["C"] == 1e22]
-    assert far and all(list(row["out_of_range"]) == ["C"] for row in far)
+    assert far and all(set(row["out_of_range"]) == {"C", "N", "D"} for row in far)
     (near,) = [row for row in found["disagreements"] if row["inputs"]["C"] == 1e20]
     assert near["quantity"] == "compute_multiplier"
     assert near["spread"] == pytest.approx(near["values"]["ling-leverage"] / near["values"]["joint-moe"])
-    assert "OUT OF RANGE: C outside" in call("predict", "joint-moe", "--at", "C=1e22", "E=32")
+    assert "OUT OF RANGE: N outside" in call("predict", "joint-moe", "--at", "N=1e10", "D=1e10", "E=32")
+
+
+@pytest.mark.parametrize(
+    "law,at,quantity,derived",
+    [
+        ("chinchilla", ["C=1e22", "I=1e16"], "served_tokens", {"D": 2.51e14, "D/N": 3.158e5}),
+        ("chinchilla", ["C=4e22"], "optimal_loss", {"D": 5.59e11}),
+        ("sardana", ["C=4e22"], "tokens_per_parameter", {"N": 5.101e10, "D/N": 2.562}),
+        ("joint-moe", ["C=1e21", "E=1"], "compute_multiplier", {"N": 5.73e9}),
+        ("compute-only", ["BPC=0.45", "D=2e12"], "needed_parameters", {}),
+        ("compute-only", ["BPC=0.4", "D=15e12"], "needed_parameters", {"D/N": 823.4}),
+    ],
+)
+def test_what_a_law_derives_itself_is_held_against_its_range_too(call, law, at, quantity, derived) -> None:
+    rows = call("predict", law, "--at", *at, "--json")["predictions"]
+    (row,) = [row for row in rows if row["quantity"] == quantity]
+    assert row["derived"] == pytest.approx(derived, rel=1e-2)
+    assert set(row["out_of_range"]) == set(derived)
+    text = call("predict", law, "--at", *at)
+    for symbol in derived:
+        assert f"derived {symbol} = {row['derived'][symbol]:.4g} outside" in text
 
 
 def test_losses_of_different_corpora_are_not_compared(call) -> None:
     found = call("predict", "parscale-pile", "routed-hash", "--at", "N=1e9", "P=4", "E=8", "--json")["disagreements"]
     assert found == [
-        {"quantity": "loss", "laws": ["parscale-pile", "routed-hash"], "not_compared": "measured on different corpora"}
+        {"quantity": "loss", "groups": [["parscale-pile"], ["routed-hash"]], "not_compared": "measured on different corpora"}
     ]
     same = call("predict", "chinchilla", "besiroglu", "--at", "N=1e9", "D=2e10", "--json")["disagreements"]
     assert {row["quantity"] for row in same} == {"loss", "compute_share"}
+
+
+def test_a_law_of_another_corpus_silences_no_disagreement(call) -> None:
+    words = ["chinchilla", "besiroglu", "sardana", "--at", "N=1e9", "D=2e10", "C=1e21"]
+    found = call("predict", *words, "--json")["disagreements"]
+    compared = {row["quantity"]: set(row["values"]) for row in found if "values" in row}
+    pair = {"chinchilla", "besiroglu"}
+    assert compared["loss"] == compared["optimal_loss"] == pair
+    # N and D of the optimum are no losses.
+    assert compared["optimal_parameters"] == compared["optimal_tokens"] == compared["compute_share"] == pair | {"sardana"}
+    assert {row["quantity"] for row in found if "not_compared" in row} == {"loss", "optimal_loss"}
+    assert "loss is not compared between besiroglu, chinchilla | sardana: measured" in call("predict", *words)
 
 
 def test_fit_saves_what_predict_reads(call, tmp_path: Path) -> None:

@@ -122,6 +122,18 @@ def test_experts_save_more_compute_the_more_there_are_and_the_larger_the_budget(
     assert gains == sorted(gains)
 
 
+@pytest.mark.parametrize("budget", [1e18, 1e21, 1e34])
+def test_the_compute_multiplier_leads_to_a_dense_model_of_the_same_loss(budget: float) -> None:
+    dense = budget * value("joint-moe", "compute_multiplier", C=budget, E=32)
+    losses = []
+    for c, e in ((budget, 32.0), (dense, 1.0)):
+        n, d = (value("joint-moe", name, C=c, E=e) for name in ("optimal_parameters", "optimal_tokens"))
+        losses.append(value("joint-moe", "loss", N=n, D=d, E=e))
+        nearby = [value("joint-moe", "loss", N=n * tilt, D=d / tilt, E=e) for tilt in (0.9, 1.1)]
+        assert losses[-1] < min(nearby)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
 def test_leverage_repeats_the_numbers_of_its_text() -> None:
     """EL > 7 at 3.1 % activated, G = 12, C = 1e22; the best G lies between 8 and 12."""
     assert value("ling-leverage", "compute_multiplier", A=0.031, G=12, C=1e22) == pytest.approx(7.24, abs=0.01)

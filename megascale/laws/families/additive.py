@@ -94,6 +94,14 @@ def _cheapest(v: Values, budget: float, served: float) -> float:
     return float(np.exp(brentq(condition, np.log(least * (1 + 1e-9)), np.log(plain) + 1e-6)))
 
 
+def _optimum(v: Values, x: Inputs) -> Inputs:
+    return {"N": optimal_parameters(v, x), "D": optimal_tokens(v, x)}
+
+
+def _served(v: Values, x: Inputs) -> Inputs:
+    return {"N": served_parameters(v, x), "D": served_tokens(v, x)}
+
+
 LOSS = Quantity("loss", "nats per token", ("N", "D"), loss)
 SHARE = Quantity(
     "compute_share",
@@ -104,15 +112,37 @@ SHARE = Quantity(
     dimensionless=True,
 )
 OPTIMUM = (
-    Quantity("optimal_parameters", "parameters", ("C",), optimal_parameters, "N of the least loss for C = 6 N D"),
-    Quantity("optimal_tokens", "tokens", ("C",), optimal_tokens, "D that goes with it"),
     Quantity(
-        "tokens_per_parameter", "D/N", ("C",), lambda v, x: optimal_tokens(v, x) / optimal_parameters(v, x), dimensionless=True
+        "optimal_parameters", "parameters", ("C",), optimal_parameters, "N of the least loss for C = 6 N D", derives=_optimum
     ),
-    Quantity("optimal_loss", "nats per token", ("C",), optimal_loss, "the loss there"),
+    Quantity("optimal_tokens", "tokens", ("C",), optimal_tokens, "D that goes with it", derives=_optimum),
+    Quantity(
+        "tokens_per_parameter",
+        "D/N",
+        ("C",),
+        lambda v, x: optimal_tokens(v, x) / optimal_parameters(v, x),
+        dimensionless=True,
+        derives=_optimum,
+    ),
+    Quantity("optimal_loss", "nats per token", ("C",), optimal_loss, "the loss there", derives=_optimum),
 )
 SERVED = (
-    Quantity("served_parameters", "parameters", ("C", "I"), served_parameters, "cheapest N to train and serve at that loss"),
-    Quantity("served_tokens", "tokens", ("C", "I"), served_tokens, "D that goes with it"),
-    Quantity("served_saving", "share", ("C", "I"), served_saving, "of the FLOPs of training and serving", dimensionless=True),
-)  # fmt: skip
+    Quantity(
+        "served_parameters",
+        "parameters",
+        ("C", "I"),
+        served_parameters,
+        "cheapest N to train and serve at that loss",
+        derives=_served,
+    ),
+    Quantity("served_tokens", "tokens", ("C", "I"), served_tokens, "D that goes with it", derives=_served),
+    Quantity(
+        "served_saving",
+        "share",
+        ("C", "I"),
+        served_saving,
+        "of the FLOPs of training and serving",
+        dimensionless=True,
+        derives=_served,
+    ),
+)

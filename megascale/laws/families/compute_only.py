@@ -71,6 +71,7 @@ LAWS = (
                 ("N", "D", "N2"),
                 lambda v, x: x["N"] * x["D"] / x["N2"],
                 "what N2 needs: prediction (a)",
+                derives=lambda v, x: {"N": x["N2"], "D": x["N"] * x["D"] / x["N2"]},
             ),
             Quantity(
                 "serving_ratio",
@@ -86,8 +87,15 @@ LAWS = (
                 ("BPC", "D"),
                 lambda v, x: product_for(v, x) / x["D"],
                 "with D capped: prediction (b)",
+                derives=lambda v, x: {"N": product_for(v, x) / x["D"], "D": x["D"]},
             ),
-            Quantity("needed_compute", "FLOPs", ("BPC",), lambda v, x: 6 * product_for(v, x)),
+            Quantity(
+                "needed_compute",
+                "FLOPs",
+                ("BPC",),
+                lambda v, x: 6 * product_for(v, x),
+                derives=lambda v, x: {"C": 6 * product_for(v, x)},
+            ),
         ),
         notes=(
             "the paper's own constants could not be read; a recalled pair, m = -0.031 and q = 0.572, agrees to the third decimal",

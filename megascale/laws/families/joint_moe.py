@@ -5,9 +5,11 @@ N active parameters with embeddings, D tokens, E experts (1 = dense), Ehat satur
 
 from __future__ import annotations
 
-import numpy as np
-from scipy.optimize import minimize_scalar
+from typing import Any
 
+import numpy as np
+
+from megascale.laws.families import additive
 from megascale.laws.families.effective_parameters import saturated
 from megascale.laws.form import Array, Form, Inputs, Linear, Parameter, Values
 from megascale.laws.law import Constant, Law, Quantity, Variable
@@ -45,40 +47,32 @@ JOINT = Form(
 FORMS = (JOINT,)
 
 
-def _best_parameters(v: Values, budget: float, experts: float) -> float:
-    """N of the least loss for C = 6 N D, by search over log N."""
+def _additive(v: Values, experts: Array) -> dict[str, Any]:
+    """The constants of E + A/N^alpha + B/D^beta that the law is for each number of experts; its optimum is known in closed form."""
+    saturation = saturated(experts, v["E_start"], v["E_max"])
+    log = np.log(saturation)
+    return {
+        "E": v["c"],
+        "A": v["a"] * saturation ** v["delta"],
+        "alpha": -(v["alpha"] + v["gamma"] * log),
+        "B": v["b"] * saturation ** v["omega"],
+        "beta": -(v["beta"] + v["zeta"] * log),
+    }
 
-    def at(log_n: float) -> float:
-        n = np.exp(log_n)
-        return float(_loss(v, {"N": np.asarray(n), "D": np.asarray(budget / (6 * n)), "E": np.asarray(experts)}))
 
-    middle = np.log(np.sqrt(budget / 120))  # twenty tokens a parameter
-    return float(np.exp(minimize_scalar(at, bounds=(middle - 7, middle + 7), method="bounded", options={"xatol": 1e-10}).x))
-
-
-def _optimum(v: Values, x: Inputs) -> tuple[Array, Array]:
-    budget, experts = np.broadcast_arrays(x["C"], x["E"])
-    n = np.array([_best_parameters(v, float(c), float(e)) for c, e in zip(budget.ravel(), experts.ravel(), strict=True)])
-    n = n.reshape(budget.shape)
-    return n, _loss(v, {"N": n, "D": budget / (6 * n), "E": experts})
+def _optimum(v: Values, x: Inputs) -> Inputs:
+    """N and D of the least loss for C = 6 N D."""
+    constants = _additive(v, x["E"])
+    return {"N": additive.optimal_parameters(constants, x), "D": additive.optimal_tokens(constants, x)}
 
 
 def _compute_multiplier(v: Values, x: Inputs) -> Array:
     """FLOPs that the best dense model needs for the loss of the best mixture at C, over C."""
-    _, targets = _optimum(v, x)
-    budgets = np.broadcast_to(x["C"], targets.shape)
-    return np.array(
-        [_dense_budget(v, float(t)) / float(c) for t, c in zip(targets.ravel(), budgets.ravel(), strict=True)]
-    ).reshape(targets.shape)
-
-
-def _dense_budget(v: Values, target: float) -> float:
-    low, high = np.log(1e15), np.log(1e32)
-    for _ in range(60):  # the loss of the optimum falls with C
-        middle = (low + high) / 2
-        _, reached = _optimum(v, {"C": np.asarray(np.exp(middle)), "E": np.asarray(1.0)})
-        low, high = (middle, high) if reached > target else (low, middle)
-    return float(np.exp((low + high) / 2))
+    reached = additive.optimal_loss(_additive(v, x["E"]), x) - v["c"]
+    dense = _additive(v, np.ones_like(x["E"]))
+    unit = additive.optimal_loss(dense, {"C": np.asarray(6.0)}) - v["c"]  # (C/6)^-exponent is 1 here
+    exponent = dense["alpha"] * dense["beta"] / (dense["alpha"] + dense["beta"])
+    return 6 * (unit / reached) ** (1 / exponent) / x["C"]
 
 
 LAWS = (
@@ -91,17 +85,17 @@ LAWS = (
         log_base="natural",
         evidence="primary",
         constants={
-            "a": Constant(35.91),
-            "alpha": Constant(-0.1889),
-            "delta": Constant(-0.2285),
-            "gamma": Constant(0.0098),
-            "b": Constant(35.98),
-            "beta": Constant(-0.1775),
-            "omega": Constant(0.5529),
-            "zeta": Constant(-0.0259),
-            "E_start": Constant(2.0732),
-            "E_max": Constant(290.4521),
-            "c": Constant(1.3637),
+            "a": Constant(35.91, "35.91"),
+            "alpha": Constant(-0.1889, "-0.1889"),
+            "delta": Constant(-0.2285, "-0.2285"),
+            "gamma": Constant(0.0098, "0.0098"),
+            "b": Constant(35.98, "35.98"),
+            "beta": Constant(-0.1775, "-0.1775"),
+            "omega": Constant(0.5529, "0.5529"),
+            "zeta": Constant(-0.0259, "-0.0259"),
+            "E_start": Constant(2.0732, "2.0732"),
+            "E_max": Constant(290.4521, "290.4521"),
+            "c": Constant(1.3637, "1.3637"),
         },
         variables={
             "N": Variable("active parameters, embeddings included", "parameters", 1e8, 2.7e9),
@@ -112,11 +106,21 @@ LAWS = (
         quantities=(
             Quantity("loss", "nats per token", ("N", "D", "E"), _loss),
             Quantity(
-                "optimal_parameters", "parameters", ("C", "E"), lambda v, x: _optimum(v, x)[0], "active N of the least loss"
+                "optimal_parameters",
+                "parameters",
+                ("C", "E"),
+                lambda v, x: _optimum(v, x)["N"],
+                "active N of the least loss",
+                derives=_optimum,
             ),
-            Quantity("optimal_tokens", "tokens", ("C", "E"), lambda v, x: x["C"] / (6 * _optimum(v, x)[0])),
+            Quantity("optimal_tokens", "tokens", ("C", "E"), lambda v, x: _optimum(v, x)["D"], derives=_optimum),
             Quantity(
-                "tokens_per_parameter", "D/N", ("C", "E"), lambda v, x: x["C"] / (6 * _optimum(v, x)[0] ** 2), dimensionless=True
+                "tokens_per_parameter",
+                "D/N",
+                ("C", "E"),
+                lambda v, x: _optimum(v, x)["D"] / _optimum(v, x)["N"],
+                dimensionless=True,
+                derives=_optimum,
             ),
             Quantity(
                 "compute_multiplier",
@@ -125,11 +129,12 @@ LAWS = (
                 _compute_multiplier,
                 "FLOPs of the best dense model of this loss",
                 dimensionless=True,
+                derives=_optimum,
             ),
         ),
         notes=(
             "the lower ends of the ranges of N, D and C are approximate; the corpus was not checked",
-            "optima come from a one-dimensional search; they repeat the paper's table 1 within its digits",
+            "the optima repeat the paper's table 1 within its digits",
         ),
         form=JOINT,
     ),
