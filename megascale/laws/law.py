@@ -166,19 +166,17 @@ def printed_error(law: Law) -> float | None:
     return float(printed[0] / used[0] - 1)
 
 
-def rounding_effects(law: Law) -> dict[str, float]:
-    """By how much half a unit in the last printed digit of each constant moves the first quantity at the centre of the range, relative.
+def rounding_effects(law: Law) -> dict[str, dict[str, float]]:
+    """By how much half a unit in the last printed digit of each constant moves quantities at the centre of the range, relative.
 
-    Only constants that are used as printed; empty where the range is open.
+    The quantities are the first and the dimensionless ones, without those of an open range. Only constants that are used as printed.
     """
-    centre, first = law.centre(), law.quantities[0]
-    if not set(first.inputs) <= set(centre):
-        return {}
-    used, effects = law.predict(first.name, centre)[0], {}
+    centre, effects = law.centre(), {}
+    asked = [q.name for q in law.quantities if (q is law.quantities[0] or q.dimensionless) and set(q.inputs) <= set(centre)]
     for name, constant in law.constants.items():
         if constant.printed and float(constant.printed) == constant.value:
             digits, _, exponent = constant.printed.lower().partition("e")
             half = 0.5 * 10 ** (int(exponent or 0) - len(digits.partition(".")[2]))
-            moved = law.predict(first.name, centre, {**law.values, name: constant.value + half})[0]
-            effects[name] = float(abs(moved / used - 1))
+            values = {**law.values, name: constant.value + half}
+            effects[name] = {q: float(abs(law.predict(q, centre, values)[0] / law.predict(q, centre)[0] - 1)) for q in asked}
     return effects

@@ -62,7 +62,7 @@ def law_facts(law: Law) -> dict[str, Any]:
         "corpus": law.corpus,
         "log_base": law.log_base,
         "constants": {
-            name: {"value": c.value, "printed": c.printed or None, "note": c.note or None, "rounding_effect": rounding.get(name)}
+            name: {"value": c.value, "printed": c.printed or None, "note": c.note or None, "rounding_effects": rounding.get(name)}
             for name, c in law.constants.items()
         },
         "printed_error": printed_error(law),
@@ -84,14 +84,16 @@ def law_text(facts: _FACTS) -> str:
         printed = (
             f" (printed {constant['printed']})" if constant["printed"] and float(constant["printed"]) != constant["value"] else ""
         )
-        effect = constant["rounding_effect"]
-        rounding = (
-            f"  half a unit of the last digit moves the result by {effect:.2%}" if effect is not None and effect >= 1e-3 else ""
+        effects = ", ".join(
+            f"{name} by {effect:.2%}" for name, effect in (constant["rounding_effects"] or {}).items() if effect >= 1e-3
         )
+        rounding = f"  half a unit of the last digit moves {effects}" if effects else ""
         note = f"  {constant['note']}" if constant["note"] else ""
         lines.append(f"    {name:<8} {constant['value']:.6g}{printed}{rounding}{note}")
     if facts["printed_error"] is not None:
         lines.append(f"    as printed the law would predict {facts['printed_error']:+.2%} in the middle of its range")
+    if not any(constant["printed"] for constant in facts["constants"].values()):
+        lines.append("    these are of our fit: there are no printed digits whose rounding could matter")
     lines.append("  inputs")
     for symbol, v in facts["inputs"].items():
         span = f"{v['low']:.4g} to {v['high']:.4g}" if np.isfinite(v["high"]) else "no range stated"

@@ -51,6 +51,8 @@ def test_list_and_show(call) -> None:
     assert shown["constants"]["c"]["printed"] == "0.012" and shown["printed_error"] > 0.01
     text = call("show", "routed-rl-r")
     assert "as printed the law would predict +1.20%" in text and "experts" in text
+    assert "moves tokens_per_parameter by 0.68%, compute_multiplier by 0.73%" in call("show", "joint-moe")
+    assert "no printed digits" in call("show", "utilisation-s-base") and "no printed digits" not in text
 
 
 def test_predict_flags_what_is_out_of_range_and_says_how_far_laws_disagree(call) -> None:

@@ -89,7 +89,19 @@ def test_the_printed_digits_of_rl_r_are_flagged() -> None:
     error = printed_error(law_named("routed-rl-r"))
     assert error is not None and error > 0.01
     assert printed_error(law_named("joint-moe")) is None
-    assert rounding_effects(law_named("krajewski"))["alpha"] > 0.005
+    assert rounding_effects(law_named("krajewski"))["alpha"]["loss"] > 0.005
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
+def test_constants_have_printed_digits_unless_they_are_ours(law: Law) -> None:
+    assert {bool(constant.printed) for constant in law.constants.values()} == {law.evidence != "fitted here"}
+
+
+def test_rounding_is_followed_into_ratios() -> None:
+    effects = rounding_effects(law_named("joint-moe"))
+    assert set(effects["gamma"]) == {"loss", "tokens_per_parameter", "compute_multiplier"}
+    assert effects["gamma"]["compute_multiplier"] > 0.005
+    assert rounding_effects(law_named("besiroglu"))["alpha"]["tokens_per_parameter"] > 1e-3
 
 
 def test_muennighoff_repeats_the_example_of_its_authors() -> None:
