@@ -155,6 +155,7 @@ def _fit(arguments: argparse.Namespace) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     from megascale.laws import report
     from megascale.laws.compare import compare_forms
+    from megascale.laws.predict import grid
     from megascale.laws.registry import form_named
     from megascale.laws.routers import compare_routers
 
@@ -164,7 +165,7 @@ def _compare(arguments: argparse.Namespace) -> None:
             raise InputError(
                 "compare --routers", "takes no forms, and --at with N and E only", "for example: --at N=370e6,1.3e9 E=64,128"
             )
-        points = [(n, e) for n in at.get("N", ()) for e in at.get("E", ())]
+        points = [(point["N"], point["E"]) for point in grid(at)] if at else []
         _print(
             arguments, compare_routers(_table(arguments), points, _options(arguments), arguments.bootstrap), report.routers_text
         )

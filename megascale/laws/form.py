@@ -14,6 +14,26 @@ Values = Mapping[str, float]
 Inputs = Mapping[str, Array]
 
 
+_DOMAINS = {
+    "P": (1.0, np.inf, "one stream is a plain model"),
+    "E": (1.0, np.inf, "one expert is a dense model"),
+    "K": (1.0, np.inf, "one block is a plain model"),
+    "k": (1.0, np.inf, "a token passes at least one expert"),
+    "A": (0.0, 1.0, "it is a share"),
+}
+"""symbols with a meaning in part of the positive numbers only: least, most, why; the same in all laws and tables"""
+
+
+def meaningless(symbol: str, value: float) -> str | None:
+    """Why no model can have this value of an input; none where one can."""
+    if not (np.isfinite(value) and value > 0):
+        return "is not a positive number"
+    least, most, why = _DOMAINS.get(symbol, (0.0, np.inf, ""))
+    if least <= value <= most:
+        return None
+    return f"is below {least:g}: {why}" if value < least else f"is above {most:g}: {why}"
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A parameter that the search varies, and where it starts."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megascale.config.errors import InputError
+from megascale.laws.form import meaningless
 from megascale.laws.law import Law, Quantity
 from megascale.laws.study import SavedFit
 
@@ -16,11 +17,11 @@ Point = Mapping[str, float]
 
 
 def grid(at: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
-    """All combinations of the values. InputError for a value that is not positive and finite."""
+    """All combinations of the values. InputError for a value that is not positive and finite, or that no model can have."""
     for symbol, values in at.items():
         for value in values:
-            if not (np.isfinite(value) and value > 0):
-                raise InputError(f"--at {symbol}", f"{value:g} is not a positive number", "give positive numbers: N=1e9,2e9")
+            if (why := meaningless(symbol, value)) is not None:
+                raise InputError(f"--at {symbol}", f"{value:g} {why}", "give numbers that a model can have: N=1e9,2e9")
     return [dict(zip(at, values, strict=True)) for values in product(*at.values())]
 
 
@@ -112,7 +113,7 @@ def _compatible(one: Point, other: Point) -> bool:
 
 
 def predict_saved(saved: SavedFit, at: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """The same for one of our fits, with 95 % intervals from its bootstrap.
+    """The same for one of our fits, with 95 % intervals (`low`, `high`) where it was saved with a bootstrap.
 
     Raises:
         InputError: inputs that are missing or that the form does not have.
@@ -125,10 +126,11 @@ def predict_saved(saved: SavedFit, at: Mapping[str, Sequence[float]]) -> list[di
     rows = []
     for point in grid(at):
         inputs = {symbol: np.asarray([value]) for symbol, value in point.items()}
-        low, high = saved.draws.predictions(inputs) if saved.draws.values else (np.array([np.nan]), np.array([np.nan]))
+        ends = saved.draws.predictions(inputs) if saved.draws.values else ()
         rows.append({
             "law": f"{form.name} fitted to {saved.place}", "quantity": "loss", "unit": "as fitted", "inputs": point,
-            "value": float(form.evaluate(saved.values, inputs)[0]), "low": float(low[0]), "high": float(high[0]),
+            "value": float(form.evaluate(saved.values, inputs)[0]),
+            **{name: float(end[0]) for name, end in zip(("low", "high"), ends, strict=False)},
             "out_of_range": {symbol: list(saved.box[symbol]) for symbol in saved.outside(inputs)},
         })  # fmt: skip
     return rows

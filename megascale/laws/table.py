@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megascale.laws.form import Array
+from megascale.laws.form import Array, meaningless
 from megascale.laws.refusals import BadTable
 
 LOSS = "loss"
@@ -40,7 +40,7 @@ class RunTable:
         return self.columns[LOSS]
 
     def inputs(self, symbols: Iterable[str]) -> dict[str, Array]:
-        """Some columns. BadTable when one is missing, or holds a number that is not positive."""
+        """Some columns. BadTable when one is missing, or holds a number that is not positive or has no meaning."""
         missing = [symbol for symbol in symbols if symbol not in self.columns]
         if missing:
             reason = f"has no column {', '.join(missing)}; it has {', '.join(self.columns)}"
@@ -53,6 +53,10 @@ class RunTable:
                 raise BadTable(
                     self.place, f"holds a {symbol} of {column.min():g}; the laws take logarithms", "correct it or leave it out"
                 )
+            senseless = next((value for value in column.tolist() if meaningless(symbol, value)), None)
+            if senseless is not None:
+                reason = f"holds a {symbol} of {senseless:g}, which {meaningless(symbol, senseless)}"
+                raise BadTable(self.place, reason, "correct it or leave the run out")
         return found
 
     def rows(self, chosen: Sequence[int] | Array) -> RunTable:

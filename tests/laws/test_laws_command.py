@@ -119,6 +119,14 @@ def test_fit_saves_what_predict_reads(call, tmp_path: Path) -> None:
     assert beyond["out_of_range"] == {"P": [1.0, 8.0]}
 
 
+def test_a_fit_without_resamples_predicts_without_an_interval(call, tmp_path: Path) -> None:
+    saved = str(tmp_path / "fit.json")
+    call("fit", "parscale", *PILE, "--bootstrap", "0", "--save", saved)
+    (row,) = call("predict", saved, "--at", "N=1e9", "P=4", "--json")["predictions"]
+    assert row["value"] > 1 and "low" not in row and "high" not in row
+    assert "nan" not in call("predict", saved, "--at", "N=1e9", "P=4")
+
+
 def test_compare_ranks_forms_and_reports_refusals(call) -> None:
     rows = call("compare", "parscale", "parscale-correlation", "chinchilla", *PILE, "--json")
     assert [row["form"] for row in rows] == ["parscale", "parscale-correlation", "chinchilla"]
@@ -165,6 +173,10 @@ def test_a_curve_is_solid_only_inside_its_range() -> None:
         (["predict", "chinchilla", "--at", "N=1e9", "E=2"], "is no input of the law"),
         (["predict", "chinchilla", "--at", "N=x"], "is no number"),
         (["predict", "chinchilla", "--at", "N=-1", "D=1e9"], "not a positive number"),
+        (["predict", "parscale-pile", "--at", "P=0.01"], "0.01 is below 1: one stream is a plain model"),
+        (["predict", "routed-hash", "--at", "N=1e9", "E=0.3"], "0.3 is below 1: one expert is a dense model"),
+        (["predict", "ling-leverage", "--at", "A=2", "G=2", "C=1e20"], "2 is above 1: it is a share"),
+        (["compare", "--routers", *PILE, "--at", "N=-370e6", "E=64"], "not a positive number"),
         (["predict", "none.json", "--at", "N=1"], "there is no such file"),
         (["predict", "none.json", "chinchilla", "--at", "N=1"], "predict with it alone"),
         (["fit", "parscal", "--runs", LOSSES], "did you mean parscale"),

@@ -166,6 +166,8 @@ def test_a_fit_needs_positive_numbers_and_its_columns() -> None:
     runs = table(form, values)
     with pytest.raises(BadTable, match="no column P"):
         fit(form_named("parscale"), runs)
+    with pytest.raises(BadTable, match="P of 0.05, which is below 1"):
+        fit(form_named("parscale"), RunTable("x", {**runs.columns, "P": np.full(len(runs), 0.05)}))
     runs.columns["D"][3] = 0
     with pytest.raises(BadTable, match="D of 0"):
         fit(form, runs)
