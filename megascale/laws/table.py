@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,9 @@ class RunTable:
     def inputs(self, symbols: Iterable[str]) -> dict[str, Array]:
         """Some columns. BadTable when one is missing, or holds a number that is not positive or has no meaning."""
         missing = [symbol for symbol in symbols if symbol not in self.columns]
+        for symbol in missing:
+            if symbol in self.labels and not all(map(_finite, self.labels[symbol])):
+                raise _no_number(self.place, symbol, self.labels[symbol])
         if missing:
             reason = f"has no column {', '.join(missing)}; it has {', '.join(self.columns)}"
             raise BadTable(
@@ -106,11 +110,16 @@ def _read(path: Path) -> list[dict[str, str]]:
         raise BadTable(str(path), "there is no such file", "give a csv file, or a run folder")
     raw = path.read_bytes()
     try:
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise BadTable(str(path), f"is no text: {error}", "give a csv file in UTF-8, plain or gzip-compressed") from error
     lines = [line for line in io.StringIO(text) if not line.startswith("#") and line.strip()]
-    rows = [dict(row) for row in csv.DictReader(lines)]
+    reader = csv.DictReader(lines)
+    names = [name.strip() for name in reader.fieldnames or ()]
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        raise BadTable(str(path), f"has several columns named {', '.join(twice)}", "rename or remove all but one")
+    reader.fieldnames = names
+    rows = [dict(row) for row in reader]
     if not rows:
         raise BadTable(str(path), "holds no row", "the first line names the columns, each further line is a run")
     if any(None in row or None in row.values() for row in rows):
@@ -126,18 +135,26 @@ def _table(place: str, mapping: Mapping[str, str], rows: list[dict[str, str]]) -
             columns[symbol] = np.full(len(rows), number)
             continue
         numbers = [_number(row[source]) for row in rows]
-        if all(number is not None and math.isfinite(number) for number in numbers):
+        if all(_finite(row[source]) for row in rows):
             columns[symbol] = np.array(numbers, dtype=np.float64)
         elif symbol == LOSS or (source != symbol and any(number is not None for number in numbers)):
-            row = next(i for i, number in enumerate(numbers) if number is None or not math.isfinite(number))
-            raise BadTable(
-                place, f"run {row + 1}: {source} is {rows[row][source]!r}, not a number", "correct it or leave the run out"
-            )
+            raise _no_number(place, source, [row[source] for row in rows])
         else:
             labels[symbol] = tuple(row[source] for row in rows)
     if not np.all(columns[LOSS] > 0):
         raise BadTable(place, "holds a loss that is not positive", "give losses in nats per token, not their logarithms")
     return RunTable(place, columns, labels)
+
+
+def _no_number(place: str, column: str, cells: Sequence[str]) -> BadTable:
+    """Names the first cell that is no finite number."""
+    run, cell = next((i, cell) for i, cell in enumerate(cells) if not _finite(cell))
+    return BadTable(place, f"run {run + 1}: {column} is {cell!r}, not a number", "correct it or leave the run out")
+
+
+def _finite(text: str) -> bool:
+    number = _number(text)
+    return number is not None and math.isfinite(number)
 
 
 def _number(text: str) -> float | None:

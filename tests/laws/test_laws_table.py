@@ -60,6 +60,7 @@ def test_compressed_files_are_read(runs: Path, tmp_path: Path) -> None:
         ("N,loss\n1,nan\n", {}, {}, "not a number"),
         ("N,loss\n1\n", {}, {}, "more or fewer cells"),
         ("N,loss\n", {}, {}, "holds no row"),
+        ("N,loss, N\n1,2,3\n", {}, {}, "several columns named N"),
     ],
 )
 def test_bad_tables_are_refused(tmp_path: Path, text: str, mapping, where, words: str) -> None:
@@ -68,6 +69,33 @@ def test_bad_tables_are_refused(tmp_path: Path, text: str, mapping, where, words
     with pytest.raises(BadTable, match=words) as caught:
         read_csv(path, mapping, where)
     assert caught.value.place == str(path) and caught.value.remedy
+
+
+@pytest.mark.parametrize("cell", ["", "nan", "inf", "1e8x"])
+def test_an_input_with_a_cell_that_is_no_number_is_named_with_its_run(tmp_path: Path, cell: str) -> None:
+    path = tmp_path / "spoilt.csv"
+    path.write_text(f"N,router,loss\n1e8,hash,3\n{cell},hash,2\n")
+    table = read_csv(path)
+    with pytest.raises(BadTable, match=f"run 2: N is '{cell}', not a number"):
+        table.inputs(("N",))
+    assert table.labels["router"] == ("hash", "hash")
+
+
+def test_headers_may_hold_a_byte_order_mark_and_spaces(tmp_path: Path) -> None:
+    path = tmp_path / "spreadsheet.csv"
+    path.write_bytes("\ufeffN , loss\n1e8, 3\n".encode())
+    table = read_csv(path)
+    assert table.columns["N"].tolist() == [1e8] and table.loss.tolist() == [3.0]
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda packed: packed[:-12], lambda packed: packed[:12] + b"\xff" * 20], ids=["cut", "garbled"]
+)
+def test_a_spoilt_compressed_file_is_refused(runs: Path, tmp_path: Path, spoil) -> None:
+    path = tmp_path / "runs.csv.gz"
+    path.write_bytes(spoil(gzip.compress(runs.read_bytes())))
+    with pytest.raises(BadTable, match="is no text"):
+        read_csv(path, {"loss": "val"})
 
 
 def run_folder(folder: Path, settings: str = "", ended: str = "done", **metrics: float) -> Path:
