@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megascale.commands.written import save
 from megascale.config.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ def _verb(verbs: Any, name: str, meaning: str, with_json: bool = True) -> argpar
 
 
 def _add_at(parser: argparse.ArgumentParser, meaning: str) -> None:
-    parser.add_argument("--at", nargs="+", default=[], metavar="SYMBOL=VALUE[,VALUE]", help=meaning)
+    parser.add_argument("--at", action="extend", nargs="+", default=[], metavar="SYMBOL=VALUE[,VALUE]", help=meaning)
 
 
 def _add_runs(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -83,9 +85,14 @@ def _add_runs(parser: argparse.ArgumentParser, required: bool) -> None:
         help="routed-lm: the published curves.csv.gz of routed models",
     )
     parser.add_argument(
-        "--map", nargs="+", default=[], metavar="SYMBOL=COLUMN", help="columns of the file, or a number for all rows: D=130e9"
+        "--map",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="SYMBOL=COLUMN",
+        help="columns of the file, or a number for all rows: D=130e9",
     )
-    parser.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE[,VALUE]", help="rows to keep")
+    parser.add_argument("--where", action="extend", nargs="+", default=[], metavar="COLUMN=VALUE[,VALUE]", help="rows to keep")
     parser.add_argument("--run", metavar="COLUMN", help="names the run in files with a row an evaluation: the last one counts")
     parser.add_argument("--loss", metavar="METRIC", help="of run folders (default: their only val/.../loss)")
 
@@ -143,13 +150,15 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _fit(arguments: argparse.Namespace) -> None:
     from megascale.laws import report
     from megascale.laws.registry import form_named
-    from megascale.laws.study import save, study
+    from megascale.laws.study import document, study
 
     form_named(arguments.form)
-    found = study(arguments.form, _table(arguments), _options(arguments), arguments.bootstrap)
     if arguments.save is not None:
-        save(found, arguments.save)
+        _check_writable(arguments.save, "--save")
+    found = study(arguments.form, _table(arguments), _options(arguments), arguments.bootstrap)
     _print(arguments, found.facts(), report.study_text)
+    if arguments.save is not None:
+        save(arguments.save, document(found), "--save")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -186,6 +195,9 @@ def _plot(arguments: argparse.Namespace) -> None:
     from megascale.laws.registry import form_named, law_named
     from megascale.laws.study import study
 
+    if not arguments.out.suffix:
+        raise InputError("--out", f"{arguments.out} has no ending", "give a path that ends in .png, .pdf or .svg")
+    _check_writable(arguments.out, "--out")
     if arguments.runs is not None:
         form_named(arguments.law)
     if arguments.runs is None:
@@ -195,6 +207,19 @@ def _plot(arguments: argparse.Namespace) -> None:
     else:
         plot_study(study(arguments.law, _table(arguments), _options(arguments), arguments.bootstrap), arguments.x, arguments.out)
     print(f"wrote {arguments.out}")
+
+
+def _check_writable(path: Path, option: str) -> None:
+    """Refuse what cannot be written before a fit, which may take minutes. Leaves no file behind."""
+    reason = None
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not path.parent.is_dir():
+        reason = f"there is no folder {path.parent}"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "no permission"
+    if reason is not None:
+        raise InputError(option, f"{path} cannot be written: {reason}", "choose another file")
 
 
 def _table(arguments: argparse.Namespace) -> RunTable:
@@ -219,6 +244,8 @@ def _options(arguments: argparse.Namespace) -> FitOptions:
         raise InputError("--delta", f"{arguments.delta} is not positive", "give for example 0.001")
     if arguments.bootstrap < 0 or arguments.starts < 1:
         raise InputError("--bootstrap, --starts", "counts are too small", "give a bootstrap of 0 or more and at least one start")
+    if arguments.seed < 0:
+        raise InputError("--seed", f"{arguments.seed} is negative", "give 0 or more")
     return FitOptions(arguments.delta, arguments.starts, arguments.seed)
 
 
@@ -227,6 +254,10 @@ def _pairs(words: list[str], option: str) -> dict[str, str]:
     for (left, equals, right), word in zip(pairs, words, strict=True):
         if not (left and equals and right):
             raise InputError(f"{option} {word}", "is no NAME=VALUE", f"write {option} NAME=VALUE")
+    names = [left for left, _, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{option} {name}", "is given more than once", f"give it once; several values as {name}=VALUE,VALUE")
     return {left: right for left, _, right in pairs}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from megascale.config.errors import InputError
 from megascale.laws.form import Array
 from megascale.laws.law import Law
+from megascale.laws.predict import grid
 from megascale.laws.study import Study
 from megascale.observe.figures import curve, panels, save
 
@@ -24,12 +24,15 @@ def plot_law(law: Law, x: str, at: Mapping[str, Sequence[float]], path: Path) ->
     """The first quantity of a law that the inputs determine, against x over its range and a factor of three beyond, dashed there.
 
     Raises:
-        InputError: no range of x, an input missing, more lines than can be told apart.
+        InputError: no range of x, an input missing or without effect, more lines than can be told apart.
     """
+    _check_symbols(law, x, at)
     quantity = next((q for q in law.quantities if x in q.inputs and set(q.inputs) <= {x, *at}), None)
     if quantity is None:
         needs = "; ".join(f"{q.name}: {', '.join(q.inputs)}" for q in law.quantities if x in q.inputs)
         raise InputError(f"--x {x}", f"law {law.name} needs more than {', '.join([x, *at])}", f"give the rest with --at. {needs}")
+    if unused := [symbol for symbol in at if symbol not in quantity.inputs]:
+        raise InputError(f"--at {unused[0]}", f"has no effect on {quantity.name} of {law.name}, which is drawn", "leave it out")
     low, high = law.variables[x].low, law.variables[x].high
     if not (low > 0 and np.isfinite(high)):
         raise InputError(f"--x {x}", f"law {law.name} states no range of {x}", "choose another input for the axis")
@@ -43,6 +46,14 @@ def plot_law(law: Law, x: str, at: Mapping[str, Sequence[float]], path: Path) ->
             outside |= flags
         curve(axes, values, law.predict(quantity.name, inputs), outside, label)
     _save(axes, path)
+
+
+def _check_symbols(law: Law, x: str, at: Mapping[str, Sequence[float]]) -> None:
+    for option, symbol in [("--x", x), *(("--at", symbol) for symbol in at)]:
+        if symbol not in law.given:
+            raise InputError(f"{option} {symbol}", f"is no input of {law.name}", f"choose among {', '.join(law.given)}")
+    if x in at:
+        raise InputError(f"--at {x}", "is the axis of the plot, which has a range of its own", "leave it out")
 
 
 def plot_study(found: Study, x: str, path: Path) -> None:
@@ -78,7 +89,7 @@ def _groups(settings: Array) -> list[NDArray[np.intp]]:
 
 
 def _lines(others: Mapping[str, Sequence[float]]) -> list[tuple[str, dict[str, float]]]:
-    combinations = [dict(zip(others, values, strict=True)) for values in product(*others.values())]
+    combinations = grid(others)
     _check_count(len(combinations))
     return [(", ".join(f"{symbol} = {value:.4g}" for symbol, value in fixed.items()), fixed) for fixed in combinations]
 

@@ -117,11 +117,14 @@ def study(name: str, table: RunTable, options: FitOptions | None = None, draws: 
     )
 
 
+def document(found: Study) -> str:
+    """A study as JSON: its facts, and the drawn parameters for intervals of predictions."""
+    return json.dumps({"format": FORMAT, **found.facts(), "draws": list(found.draws.values)}, indent=1)
+
+
 def save(found: Study, path: Path) -> None:
-    """Write a study as JSON: its facts, and the drawn parameters for intervals of predictions."""
-    path.write_text(
-        json.dumps({"format": FORMAT, **found.facts(), "draws": list(found.draws.values)}, indent=1), encoding="utf-8"
-    )
+    """Write a study as JSON, for `load`."""
+    path.write_text(document(found), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class SavedFit:
 
 
 def load(path: Path) -> SavedFit:
-    """Read a saved study. InputError when the file is none."""
+    """Read a saved study. InputError when the file is none, or cannot be read."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if facts["format"] != FORMAT:
@@ -153,6 +156,8 @@ def load(path: Path) -> SavedFit:
         raise InputError(
             str(path), "there is no such file", "write one: megascale laws fit FORM --runs TABLE --save FILE.json"
         ) from error
+    except OSError as error:
+        raise InputError(str(path), f"cannot be read: {error.strerror}", "give the file that laws fit --save wrote") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise

@@ -119,6 +119,25 @@ def test_fit_saves_what_predict_reads(call, tmp_path: Path) -> None:
     assert beyond["out_of_range"] == {"P": [1.0, 8.0]}
 
 
+@pytest.mark.parametrize("name,reason", [("no/dir/fit.json", "there is no folder"), ("", "it is a folder")])
+def test_where_a_fit_cannot_be_saved_is_said_before_it_starts(name, reason, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("megascale.laws.study.study", lambda *_: pytest.fail("the fit was started"))
+    assert main(["laws", "fit", "parscale", *PILE, "--save", str(tmp_path / name)]) == 2
+    assert f"--save: {tmp_path / name} cannot be written: {reason}" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_saved_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "fit.json").mkdir()
+    assert main(["laws", "predict", str(tmp_path / "fit.json"), "--at", "N=1e9", "P=4"]) == 2
+    assert "cannot be read: Is a directory" in capsys.readouterr().err
+
+
+def test_an_option_may_be_repeated(call) -> None:
+    """With different symbols: none of them is dropped."""
+    (row, _) = call("predict", "parscale-pile", "--at", "N=1e9", "--at", "P=4", "--json")["predictions"]
+    assert row["inputs"] == {"N": 1e9, "P": 4}
+
+
 def test_a_fit_without_resamples_predicts_without_an_interval(call, tmp_path: Path) -> None:
     saved = str(tmp_path / "fit.json")
     call("fit", "parscale", *PILE, "--bootstrap", "0", "--save", saved)
@@ -182,11 +201,22 @@ def test_a_curve_is_solid_only_inside_its_range() -> None:
         (["fit", "parscal", "--runs", LOSSES], "did you mean parscale"),
         (["fit", "parscale", "--runs", "no.csv"], "there is no such file"),
         (["fit", "parscale", "--runs", LOSSES, "--delta", "-1"], "is not positive"),
+        (["fit", "parscale", *PILE, "--seed", "-1"], "--seed: -1 is negative"),
+        (["fit", "parscale", *PILE, "--map", "P=P", "--map", "P=2"], "--map P: is given more than once"),
+        (["fit", "parscale", *PILE, "--where", "corpus=stack"], "--where corpus: is given more than once"),
+        (["predict", "parscale-pile", "--at", "N=1e9", "P=2", "P=4"], "--at P: is given more than once"),
         (["fit", "chinchilla", *PILE, "--map", "D=42e9"], "cannot learn what D does"),
         (["compare", "parscale", *PILE], "two forms or more"),
         (["compare", "--routers", "parscale", *PILE], "takes no forms"),
         (["compare", "--routers", *PILE, "--map", "E=P"], "no column of routers"),
         (["plot", "parscale-pile", "--x", "N", "--out", "x.png"], "needs more than N"),
+        (["plot", "parscale-pile", "--x", "N", "--at", "N=1e9", "P=2", "--out", "x.png"], "N: is the axis of the plot"),
+        (["plot", "parscale-pile", "--x", "N", "--at", "P=2", "Q=2", "--out", "x.png"], "Q: is no input of parscale-pile"),
+        (["plot", "parscale-pile", "--x", "Q", "--out", "x.png"], "choose among N, P"),
+        (["plot", "chinchilla", "--x", "N", "--at", "D=1e10", "C=1e20", "--out", "x.png"], "C: has no effect on loss"),
+        (["plot", "parscale-pile", "--x", "N", "--at", "P=-1", "--out", "x.png"], "not a positive number"),
+        (["plot", "parscale-pile", "--x", "N", "--at", "P=2", "--out", "x"], "x has no ending"),
+        (["plot", "parscale-pile", "--x", "N", "--at", "P=2", "--out", "no/dir/x.png"], "there is no folder no/dir"),
         (["plot", "kaplan-compute", "--x", "C", "--out", "x.png"], "states no range of C"),
         (["plot", "parscale", "--x", "D", *PILE, "--bootstrap", "0", "--out", "x.png"], "is no input of parscale"),
     ],
