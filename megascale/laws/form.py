@@ -34,6 +34,12 @@ def meaningless(symbol: str, value: float) -> str | None:
     return f"is below {least:g}: {why}" if value < least else f"is above {most:g}: {why}"
 
 
+def meaningful_span(symbol: str, low: float, high: float) -> tuple[float, float]:
+    """A span of an input without the values that no model can have."""
+    least, most, _ = _DOMAINS.get(symbol, (0.0, np.inf, ""))
+    return max(low, least), min(high, most)
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A parameter that the search varies, and where it starts."""

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from megascale.config.errors import InputError
-from megascale.laws.form import Array
+from megascale.laws.form import Array, meaningful_span
 from megascale.laws.law import Law
 from megascale.laws.predict import grid
 from megascale.laws.study import Study
@@ -21,13 +21,14 @@ _MOST_LINES = 12
 
 
 def plot_law(law: Law, x: str, at: Mapping[str, Sequence[float]], path: Path) -> None:
-    """The first quantity of a law that the inputs determine, against x over its range and a factor of three beyond, dashed there.
+    """The first quantity of a law that needs most of the inputs, against x over its range and a factor of three beyond, dashed there.
 
     Raises:
         InputError: no range of x, an input missing or without effect, more lines than can be told apart.
     """
     _check_symbols(law, x, at)
-    quantity = next((q for q in law.quantities if x in q.inputs and set(q.inputs) <= {x, *at}), None)
+    determined = [q for q in law.quantities if x in q.inputs and set(q.inputs) <= {x, *at}]
+    quantity = max(determined, key=lambda q: len(q.inputs), default=None)
     if quantity is None:
         needs = "; ".join(f"{q.name}: {', '.join(q.inputs)}" for q in law.quantities if x in q.inputs)
         raise InputError(f"--x {x}", f"law {law.name} needs more than {', '.join([x, *at])}", f"give the rest with --at. {needs}")
@@ -37,7 +38,7 @@ def plot_law(law: Law, x: str, at: Mapping[str, Sequence[float]], path: Path) ->
     if not (low > 0 and np.isfinite(high)):
         raise InputError(f"--x {x}", f"law {law.name} states no range of {x}", "choose another input for the axis")
     others = {symbol: at[symbol] for symbol in quantity.inputs if symbol != x}
-    values = np.geomspace(low / 3, high * 3, _POINTS)
+    values = np.geomspace(*meaningful_span(x, low / 3, high * 3), _POINTS)
     axes = _axes(law.title, f"{x}: {law.variables[x].meaning} ({law.variables[x].unit})", f"{quantity.name} ({quantity.unit})")
     for label, fixed in _lines(others):
         inputs = {x: values, **{symbol: np.full(_POINTS, value) for symbol, value in fixed.items()}}
@@ -65,7 +66,7 @@ def plot_study(found: Study, x: str, path: Path) -> None:
     form, table = found.fit.form, found.table
     if x not in form.inputs:
         raise InputError(f"--x {x}", f"is no input of {form.name}", f"choose among {', '.join(form.inputs)}")
-    values = np.geomspace(table.columns[x].min() / 2, table.columns[x].max() * 2, _POINTS)
+    values = np.geomspace(*meaningful_span(x, table.columns[x].min() / 2, table.columns[x].max() * 2), _POINTS)
     outside = (values < table.columns[x].min()) | (values > table.columns[x].max())
     axes = _axes(f"{form.formula}, {len(table)} runs", x, "loss")
     others = [symbol for symbol in form.inputs if symbol != x]
@@ -108,6 +109,6 @@ def _axes(title: str, x_label: str, y_label: str) -> Axes:
 
 
 def _save(axes: Axes, path: Path) -> None:
-    if axes.get_legend_handles_labels()[1] != [""]:
+    if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize="small", title="dashed: out of range")
     save(axes, path)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megascale.cli import main
@@ -173,6 +174,30 @@ def test_plots(call, tmp_path: Path) -> None:
     call("plot", "parscale", "--x", "N", *PILE, "--bootstrap", "5", "--out", str(tmp_path / "fit.svg"))
     assert (tmp_path / "law.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "fit.svg").read_text().count("<path") > 20
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
+    """The panels that are plotted from here on."""
+    kept: list[Axes] = []
+    monkeypatch.setattr("megascale.laws.plots.save", lambda axes, _: kept.append(axes))
+    return kept
+
+
+def test_a_plot_draws_what_needs_all_inputs_given(call, drawn: list[Axes]) -> None:
+    call("plot", "chinchilla", "--x", "C", "--at", "I=1e12,1e13", "--out", "x.png")
+    call("plot", "chinchilla", "--x", "C", "--out", "x.png")
+    assert [axes.get_ylabel() for axes in drawn] == ["served_parameters (parameters)", "optimal_parameters (parameters)"]
+    # No legend where nothing tells lines apart.
+    assert [axes.get_legend() is None for axes in drawn] == [False, True]
+
+
+def test_a_plot_has_no_values_that_no_model_can_have(call, drawn: list[Axes]) -> None:
+    call("plot", "parscale-pile", "--x", "P", "--at", "N=1e9", "--out", "x.png")
+    call("plot", "parscale", "--x", "P", *PILE, "--bootstrap", "0", "--out", "x.png")
+    call("plot", "ling-leverage", "--x", "A", "--at", "G=2", "C=1e20", "--out", "x.png")
+    assert [float(np.min(axes.lines[0].get_xdata())) for axes in drawn[:2]] == pytest.approx([1, 1])
+    assert float(np.max(drawn[2].lines[0].get_xdata())) == pytest.approx(1)
 
 
 def test_a_curve_is_solid_only_inside_its_range() -> None:
