@@ -154,6 +154,10 @@ def _fit(arguments: argparse.Namespace) -> None:
 
     form_named(arguments.form)
     if arguments.save is not None:
+        if arguments.save.suffix != ".json":
+            raise InputError(
+                "--save", f"{arguments.save} does not end in .json", "name it so: other commands tell fits from laws by it"
+            )
         _check_writable(arguments.save, "--save")
     found = study(arguments.form, _table(arguments), _options(arguments), arguments.bootstrap)
     _print(arguments, found.facts(), report.study_text)

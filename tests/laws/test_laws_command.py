@@ -120,11 +120,19 @@ def test_fit_saves_what_predict_reads(call, tmp_path: Path) -> None:
     assert beyond["out_of_range"] == {"P": [1.0, 8.0]}
 
 
-@pytest.mark.parametrize("name,reason", [("no/dir/fit.json", "there is no folder"), ("", "it is a folder")])
+@pytest.mark.parametrize(
+    "name,reason",
+    [
+        ("no/dir/fit.json", "cannot be written: there is no folder"),
+        ("folder.json", "cannot be written: it is a folder"),
+        ("fit", "does not end in .json"),
+    ],
+)
 def test_where_a_fit_cannot_be_saved_is_said_before_it_starts(name, reason, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "folder.json").mkdir()
     monkeypatch.setattr("megascale.laws.study.study", lambda *_: pytest.fail("the fit was started"))
     assert main(["laws", "fit", "parscale", *PILE, "--save", str(tmp_path / name)]) == 2
-    assert f"--save: {tmp_path / name} cannot be written: {reason}" in capsys.readouterr().err
+    assert f"--save: {tmp_path / name} {reason}" in capsys.readouterr().err
 
 
 def test_a_folder_is_no_saved_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
