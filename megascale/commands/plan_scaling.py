@@ -54,6 +54,7 @@ def facts_of(arguments: argparse.Namespace) -> dict[str, Any]:
     from megascale.config.load import load_config
     from megascale.config.resolve import resolve
     from megascale.plan.cluster import load_cluster
+    from megascale.plan.parts import run_tokens
     from megascale.plan.scaling import scale, scaling_facts, usual_counts
 
     _refuse_senseless(arguments)
@@ -62,8 +63,9 @@ def facts_of(arguments: argparse.Namespace) -> dict[str, Any]:
     loaded = load_config(arguments.config, arguments.overrides[1:])
     check(loaded)
     config = resolve(loaded.config)
-    found = scale(config, cluster, gpus or usual_counts(config, cluster, arguments.weak), arguments.weak, arguments.imbalance)
-    tokens = arguments.tokens or config.schedule.steps * config.batch.sequences * config.data.sequence_length
+    tokens = arguments.tokens or run_tokens(config)
+    counts = gpus or usual_counts(config, cluster, arguments.weak)
+    found = scale(config, cluster, counts, arguments.weak, arguments.imbalance, tokens)
     return scaling_facts(found, cluster, tokens)
 
 

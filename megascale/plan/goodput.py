@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from megascale.plan.cluster import Cluster
 
+LEAST_SHARE = 1e-6
+"""Of wall time that trains: with less a run never finishes."""
 SAVED_BYTES = 12
 """Of a parameter in a checkpoint: fp32 master and two moments."""
 
@@ -27,6 +29,11 @@ class Goodput:
     """of training between two checkpoints"""
     share: float
     """of wall time that trains: the rest is checkpoints, lost work and restarts"""
+
+    @property
+    def finishes(self) -> bool:
+        """Whether failures leave the time to train at all."""
+        return self.share >= LEAST_SHARE
 
 
 def goodput(cluster: Cluster, nodes: int, parameters: int, background: bool) -> Goodput:
@@ -62,6 +69,6 @@ def useful_share(interval: float, cost: float, mean: float, restart: float) -> f
     if interval <= 0:
         return math.exp(-restart / mean)
     exponent = (interval + cost) / mean
-    if exponent > 500:
+    if exponent + restart / mean > 500:  # the exponentials would overflow
         return 0.0
     return interval / (mean * math.exp(restart / mean) * math.expm1(exponent))

@@ -3,6 +3,9 @@
 What is searched: tp, pp, schedule, stages a rank, ep, etp, cp, stream, dp, ZeRO stage, micro-batches, recompute. What is left as it is: the
 model, the batch of a step, the optimizer, the precision, the kind of context parallelism. ZeRO 2 is left out: it keeps gradients whole, as
 ZeRO 1 does, until the last micro-batch.
+
+A run with phases, or whose batch grows, has parts that cost differently (`megascale.plan.parts`). A layout must hold all of them, each is
+planned by itself, and the layout of the shortest run is the best.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from megascale.config.errors import InputError
@@ -26,6 +30,7 @@ from megascale.config.obstacles import (
 from megascale.config.schema import Config, Parallel
 from megascale.plan.cluster import Cluster
 from megascale.plan.memory import Memory, worst_rank
+from megascale.plan.parts import Part, parts_of
 from megascale.plan.rank import Plan
 from megascale.plan.time import StepTime, step_time
 
@@ -38,17 +43,72 @@ LEAST_TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class Found:
-    """A layout that fits, with what it costs."""
+class PlannedPart:
+    """Steps of a run that cost alike, in a layout."""
 
-    config: Config
-    """the run with this layout"""
+    steps: float
     plan: Plan
     memory: Memory
     """of the fullest pipeline rank"""
     rank: int
     """that pipeline rank"""
     time: StepTime
+    """of one of the steps"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout that fits, with what it costs."""
+
+    config: Config
+    """the run with this layout"""
+    parts: tuple[PlannedPart, ...]
+    """of the run, those of its start first"""
+
+    @cached_property
+    def main(self) -> PlannedPart:
+        """The part with most FLOPs: the same in every layout."""
+        return max(self.parts, key=lambda part: part.steps * part.plan.flops)
+
+    @cached_property
+    def fullest(self) -> PlannedPart:
+        """The part that needs most memory."""
+        return max(self.parts, key=lambda part: part.memory.total)
+
+    @property
+    def plan(self) -> Plan:
+        """Of the part with most FLOPs."""
+        return self.main.plan
+
+    @property
+    def time(self) -> StepTime:
+        """Of a step of the part with most FLOPs."""
+        return self.main.time
+
+    @property
+    def memory(self) -> Memory:
+        """Of the fullest pipeline rank in the part that needs most."""
+        return self.fullest.memory
+
+    @property
+    def rank(self) -> int:
+        """That pipeline rank."""
+        return self.fullest.rank
+
+    @cached_property
+    def seconds(self) -> float:
+        """Of all steps of the run, without failures."""
+        return sum(part.steps * part.time.total for part in self.parts)
+
+    @property
+    def tokens(self) -> float:
+        """Of all steps of the run."""
+        return sum(part.steps * part.plan.step_tokens for part in self.parts)
+
+    @property
+    def flops(self) -> float:
+        """Model FLOPs of all steps of the run."""
+        return sum(part.steps * part.plan.flops for part in self.parts)
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -58,8 +118,8 @@ class Found:
 
     @property
     def rate(self) -> float:
-        """Model FLOP/s of a device; over its peak it is what `perf/mfu` says."""
-        return self.plan.flops / self.time.total / self.plan.world
+        """Model FLOP/s of a device, mean over the run; over its peak it is what `perf/mfu` says."""
+        return self.flops / self.seconds / self.plan.world
 
 
 @dataclass
@@ -78,34 +138,38 @@ class Search:
     """bytes of the layout that needs least, where none fits"""
 
 
-def search(config: Config, cluster: Cluster, gpus: int, most: int = 10, imbalance: float = 1.0) -> Search:
+def search(
+    config: Config, cluster: Cluster, gpus: int, most: int = 10, imbalance: float = 1.0, tokens: float | None = None
+) -> Search:
     """The fastest layouts of a run, at most so many; of those that differ in schedule, micro-batches, ZeRO or recomputation alone the best.
 
     Args:
         config: resolved; knows the vocabulary's size. Its layout and micro-batches are not read.
         imbalance: rows of the fullest rank's experts over an even share.
+        tokens: of the run, in place of those of its steps.
 
     Raises:
         InputError: no layout of so many GPUs works with the model and the batch, or none fits the memory.
     """
     result = Search()
     config = _bare(config)
-    least = Plan(_with(config, {"dp": 1}, config.batch.sequences), 1).flops / gpus
-    least /= cluster.peak_flops * max(cluster.efficiency.matmul, cluster.efficiency.attention)
+    parts = parts_of(config, tokens)
+    flops = sum(part.steps * Plan(_with(part.config, {"dp": 1}, part.config.batch.sequences), 1).flops for part in parts)
+    least = flops / gpus / (cluster.peak_flops * max(cluster.efficiency.matmul, cluster.efficiency.attention))
     fits = False
     for candidate in candidates(config, cluster, gpus):
         result.tried += 1
         parallel, m = candidate.parallel, candidate.batch.micro_batches
         bubble = pipeline_bubble(parallel, m) if parallel.pp > 1 else 0.0
-        slowest = result.found[-1].time.total if len(result.found) == most else math.inf
+        slowest = result.found[-1].seconds if len(result.found) == most else math.inf
         if least / (1 - bubble) >= slowest or (parallel.recompute == "layer" and fits):
             result.too_slow += 1  # of otherwise equal layouts the one that keeps everything comes first
             continue
-        fits = _try(result, candidate, cluster, gpus, most, imbalance)
+        fits = _try(result, candidate, parts, cluster, gpus, most, imbalance)
     refined = {_key(candidate): candidate for found in result.found for candidate in other_schedules(found.config)}
     for candidate in refined.values():
         result.tried += 1
-        _try(result, candidate, cluster, gpus, most, imbalance)
+        _try(result, candidate, parts, cluster, gpus, most, imbalance)
     if not result.tried:
         raise InputError(f"--gpus {gpus}", _no_layout(config, gpus), "change the number of GPUs, or batch.sequences")
     if not result.found:
@@ -123,29 +187,41 @@ def _key(config: Config) -> tuple[Parallel, int]:
     return config.parallel, config.batch.micro_batches
 
 
-def _try(result: Search, candidate: Config, cluster: Cluster, gpus: int, most: int, imbalance: float) -> bool:
+def _try(
+    result: Search, candidate: Config, parts: tuple[Part, ...], cluster: Cluster, gpus: int, most: int, imbalance: float
+) -> bool:
     """Adds a layout to the result if it fits and is fast; whether it fits."""
-    plan = Plan(candidate, gpus)
-    rank, memory = worst_rank(plan, imbalance, cluster.efficiency.fragmentation)
-    if memory.total > cluster.usable_bytes:
+    plans = [Plan(in_layout(part.config, candidate), gpus) for part in parts]
+    held = [worst_rank(plan, imbalance, cluster.efficiency.fragmentation) for plan in plans]
+    needed = max(memory.total for _, memory in held)
+    if needed > cluster.usable_bytes:
         result.too_large += 1
-        if result.smallest is None or memory.total < result.smallest[0]:
-            result.smallest = memory.total, candidate
+        if result.smallest is None or needed < result.smallest[0]:
+            result.smallest = needed, candidate
         return False
-    found = Found(candidate, plan, memory, rank, step_time(plan, cluster, imbalance))
-    _enter(result.found, found, most)
+    planned = (
+        PlannedPart(part.steps, plan, memory, rank, step_time(plan, cluster, imbalance))
+        for part, plan, (rank, memory) in zip(parts, plans, held, strict=True)
+    )
+    _enter(result.found, Found(candidate, tuple(planned)), most)
     return True
+
+
+def in_layout(config: Config, other: Config) -> Config:
+    """A run in the layout and with the micro-batches of another."""
+    batch = config.batch.model_copy(update={"micro_batches": other.batch.micro_batches})
+    return config.model_copy(update={"parallel": other.parallel, "batch": batch})
 
 
 def _enter(best: list[Found], found: Found, most: int) -> None:
     """Keeps the fastest layouts; of those with the same ranks along all axes the fastest only."""
     same = next((index for index, one in enumerate(best) if one.axes == found.axes), None)
     if same is not None:
-        if found.time.total >= best[same].time.total:
+        if found.seconds >= best[same].seconds:
             return
         del best[same]
     best.append(found)
-    best.sort(key=lambda one: one.time.total)
+    best.sort(key=lambda one: one.seconds)
     del best[most:]
 
 

@@ -8,10 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megascale.model.accounting import active_parameters, parameters
 from megascale.observe.console import format_count
 from megascale.plan.cluster import Cluster
 from megascale.plan.goodput import Goodput, goodput
-from megascale.plan.layouts import Found, Search, changed, describe
+from megascale.plan.layouts import Found, PlannedPart, Search, changed, describe
 from megascale.plan.memory import worst_rank
 from megascale.plan.published import Check, summaries
 from megascale.plan.rank import Plan
@@ -39,20 +40,22 @@ class Cost:
     """Of a whole training."""
 
     tokens: float
-    days: float
-    """of wall time, failures included"""
-    gpu_hours: float
+    days: float | None
+    """of wall time, failures included; none = the run never finishes"""
+    gpu_hours: float | None
     price: float | None
-    """dollars"""
+    """dollars; none also where the cluster has no price"""
     goodput: Goodput
 
 
 def cost(found: Found, cluster: Cluster, tokens: float) -> Cost:
-    """What so many tokens cost in a layout."""
+    """What so many tokens cost in a layout; other tokens than the run's take its steps in the run's proportions."""
     plan = found.plan
     nodes = -(-plan.world // cluster.devices_per_node)
-    useful = goodput(cluster, nodes, plan.parameters, found.config.checkpoint.background)
-    seconds = tokens / plan.step_tokens * found.time.total / max(useful.share, 1e-9)
+    useful = goodput(cluster, nodes, parameters(found.config.model).total, found.config.checkpoint.background)
+    if not useful.finishes:
+        return Cost(tokens, None, None, None, useful)
+    seconds = tokens / found.tokens * found.seconds / useful.share
     hours = seconds / 3600 * plan.world
     price = hours * cluster.price_per_hour if cluster.price_per_hour is not None else None
     return Cost(tokens, seconds / 86400, hours, price, useful)
@@ -77,8 +80,8 @@ def reasons(found: Found, cluster: Cluster) -> list[str]:
 
 
 def _memory_with(found: Found, cluster: Cluster, **layout: Any) -> float:
-    plan = Plan(changed(found.config, layout), found.plan.world)
-    return worst_rank(plan, fragmentation=cluster.efficiency.fragmentation)[1].total
+    plans = (Plan(changed(part.plan.config, layout), found.plan.world) for part in found.parts)
+    return max(worst_rank(plan, fragmentation=cluster.efficiency.fragmentation)[1].total for plan in plans)
 
 
 # Plans --------------------------------------------------------------------------------------------------------------------
@@ -86,13 +89,15 @@ def _memory_with(found: Found, cluster: Cluster, **layout: Any) -> float:
 
 def plan_facts(result: Search, cluster: Cluster, tokens: float, seconds: float) -> dict[str, Any]:
     """Everything in plain values: bytes, seconds, FLOPs."""
-    first = result.found[0].plan
+    best = result.found[0]
+    first, model = best.plan, best.config.model
     return {
         "run": first.config.run.name,
         "cluster": cluster.name,
         "gpus": first.world,
-        "parameters": {"total": first.parameters, "active": first.active_parameters},
+        "parameters": {"total": parameters(model).total, "active": active_parameters(model)},
         "step": {"tokens": first.step_tokens, "flops": first.flops},
+        "training": {"tokens": tokens, "flops": best.flops * tokens / best.tokens},
         "search": {"tried": result.tried, "too_large": result.too_large, "left_out": result.too_slow, "seconds": seconds},
         "layouts": [layout_facts(found, cluster, tokens) for found in result.found],
     }
@@ -107,13 +112,28 @@ def layout_facts(found: Found, cluster: Cluster, tokens: float) -> dict[str, Any
         "parallel": {**parallel.model_dump(), "dp": plan.dp},
         "micro_batches": plan.micro_batches,
         "step_seconds": found.time.total,
-        "tokens_per_second_per_gpu": plan.step_tokens / found.time.total / plan.world,
+        "tokens_per_second_per_gpu": found.tokens / found.seconds / plan.world,
         "mfu": found.rate / cluster.peak_flops,
         "time": vars(found.time),
+        "parts": [_part_facts(part) for part in found.parts],
         "memory": {**vars(found.memory), "total": found.memory.total, "rank": found.rank},
         "binds": found.time.binds,
         "reasons": reasons(found, cluster),
         "cost": {**vars(spent), "goodput": vars(spent.goodput)},
+    }
+
+
+def _part_facts(part: PlannedPart) -> dict[str, Any]:
+    """Steps that cost alike; tokens, FLOPs and seconds are those of one."""
+    plan = part.plan
+    return {
+        "steps": part.steps,
+        "streams": plan.model.streams.count,
+        "sequences": plan.config.batch.sequences,
+        "tokens": plan.step_tokens,
+        "flops": plan.flops,
+        "step_seconds": part.time.total,
+        "memory": part.memory.total,
     }
 
 
@@ -127,26 +147,42 @@ def print_plan(facts: dict[str, Any], console: Console) -> None:
     line(f"plan of {facts['run']} on {facts['gpus']:,} x {facts['cluster']}")
     sizes = facts["parameters"]
     line(f"parameters  {format_count(sizes['total'])}, {format_count(sizes['active'])} active")
-    line(f"step        {step['tokens']:,} tokens, {step['flops']:.3g} FLOPs")
+    several = len(facts["layouts"][0]["parts"]) > 1
+    which = ", of those that take most FLOPs together; s/step is theirs" if several else ""
+    line(f"step        {step['tokens']:,} tokens, {step['flops']:.3g} FLOPs{which}")
+    line(f"training    {facts['training']['tokens']:.3g} tokens, {facts['training']['flops']:.3g} FLOPs")
     bounds = f"{tried['too_large']:,} too large, {tried['left_out']:,} left out by bounds"
     line(f"search      {tried['tried']:,} layouts in {tried['seconds']:.1f} s: {bounds}")
     table = Table("", "s/step", "MFU", "GiB", "binds", "days", "layout", title="fastest layouts that fit", title_justify="left")
     for number, one in enumerate(facts["layouts"], 1):
         memory, days = one["memory"]["total"] / GIB, one["cost"]["days"]
-        row = (str(number), f"{one['step_seconds']:.3f}", f"{one['mfu']:.1%}", f"{memory:.0f}", one["binds"], f"{days:.1f}")
+        wall = "never" if days is None else f"{days:.1f}"
+        row = (str(number), f"{one['step_seconds']:.3f}", f"{one['mfu']:.1%}", f"{memory:.0f}", one["binds"], wall)
         table.add_row(*row, one["layout"])
     console.print(table)
     best = facts["layouts"][0]
     line("why the first one")
     for reason in best["reasons"]:
         line(f"  {reason}")
-    parts = Table("part", "seconds", "share", title="its step", title_justify="left")
+    if several:
+        console.print(_parts_table(best["parts"]))
+    title = f"its step of {step['tokens']:,} tokens" if several else "its step"
+    parts = Table("part", "seconds", "share", title=title, title_justify="left")
     for name, seconds in sorted(best["time"].items(), key=lambda part: -part[1]):
         if seconds > 0:
             parts.add_row(name, f"{seconds:.4f}", f"{seconds / best['step_seconds']:.1%}")
     console.print(parts)
     line(_memory_line(best["memory"]))
     line(_cost_line(best["cost"]))
+
+
+def _parts_table(parts: list[dict[str, Any]]) -> Table:
+    table = Table("steps", "P", "tokens/step", "FLOPs/step", "s/step", "days", "GiB", title="its steps", title_justify="left")
+    for part in parts:
+        days = part["steps"] * part["step_seconds"] / 86400
+        sizes = (f"{part['steps']:,.0f}", f"{part['streams']}", f"{part['tokens']:,}", f"{part['flops']:.3g}")
+        table.add_row(*sizes, f"{part['step_seconds']:.3f}", f"{days:.2f}", f"{part['memory'] / GIB:.0f}")
+    return table
 
 
 def _memory_line(memory: dict[str, float]) -> str:
@@ -156,10 +192,13 @@ def _memory_line(memory: dict[str, float]) -> str:
 
 
 def _cost_line(spent: dict[str, Any]) -> str:
-    useful, price = spent["goodput"], spent["price"]
+    useful, price, between = spent["goodput"], spent["price"], spent["goodput"]["hours_between_failures"]
+    failure = f"a failure every {between:.1f} h" if between >= 1 else f"a failure every {between:.2g} h"
+    if spent["days"] is None:
+        return f"{spent['tokens']:.3g} tokens: the run never finishes: {failure} leaves no time to train"
     text = f"{spent['tokens']:.3g} tokens: {spent['days']:.1f} days, {spent['gpu_hours']:,.0f} GPU hours"
     text += f", ${price:,.0f}" if price is not None else ""
-    text += f"; goodput {useful['share']:.1%}: a failure every {useful['hours_between_failures']:.1f} h"
+    text += f"; goodput {useful['share']:.1%}: {failure}"
     interval = useful["interval_seconds"] / 60
     return f"{text}, a checkpoint every {interval:.1f} min ({useful['checkpoint_seconds']:.1f} s each)"
 

@@ -13,6 +13,7 @@ from typing import Any
 from megascale.config.errors import InputError
 from megascale.config.layout_search import nearest
 from megascale.config.schema import Config
+from megascale.model.accounting import active_parameters, parameters
 from megascale.plan.cluster import Cluster
 from megascale.plan.layouts import Found, can_be_laid_out, search
 from megascale.plan.published import largest_run
@@ -42,7 +43,14 @@ class Scaling:
     left_out: tuple[LeftOut, ...]
 
 
-def scale(config: Config, cluster: Cluster, gpus: Sequence[int], weak: bool = False, imbalance: float = 1.0) -> Scaling:
+def scale(
+    config: Config,
+    cluster: Cluster,
+    gpus: Sequence[int],
+    weak: bool = False,
+    imbalance: float = 1.0,
+    tokens: float | None = None,
+) -> Scaling:
     """Plan the run at each number of GPUs.
 
     Args:
@@ -50,6 +58,7 @@ def scale(config: Config, cluster: Cluster, gpus: Sequence[int], weak: bool = Fa
         gpus: numbers of GPUs.
         weak: the batch grows with them.
         imbalance: rows of the fullest rank's experts over an even share.
+        tokens: of the run, in place of those of its steps.
 
     Raises:
         InputError: a number below 1 or above `MOST_GPUS`, none that trains the run, or a run that the planner does not know.
@@ -68,7 +77,7 @@ def scale(config: Config, cluster: Cluster, gpus: Sequence[int], weak: bool = Fa
             left_out.append(_without_layout(config, batch, cluster, count, counts[0], weak))
         else:
             try:
-                found.append(search(batch, cluster, count, 1, imbalance).found[0])
+                found.append(search(batch, cluster, count, 1, imbalance, tokens).found[0])
             except InputError as error:
                 if error.place != f"--gpus {count}":  # of the run itself: no other number would do
                     raise
@@ -133,6 +142,7 @@ def _without_layout(config: Config, batch: Config, cluster: Cluster, gpus: int, 
 def scaling_facts(scaling: Scaling, cluster: Cluster, tokens: float) -> dict[str, Any]:
     """Everything in plain values: seconds, tokens, FLOPs."""
     first = scaling.found[0]
+    model = first.config.model
     reference = _rate(first)
     rows = [_row(found, cluster, tokens, reference) for found in scaling.found]
     beyond = largest_run()
@@ -140,7 +150,7 @@ def scaling_facts(scaling: Scaling, cluster: Cluster, tokens: float) -> dict[str
         "run": first.config.run.name,
         "cluster": cluster.name,
         "scaling": "weak" if scaling.weak else "strong",
-        "parameters": {"total": first.plan.parameters, "active": first.plan.active_parameters},
+        "parameters": {"total": parameters(model).total, "active": active_parameters(model)},
         "tokens": tokens,
         "compared_up_to": beyond,
         "points": rows,
@@ -150,8 +160,8 @@ def scaling_facts(scaling: Scaling, cluster: Cluster, tokens: float) -> dict[str
 
 
 def _rate(found: Found) -> float:
-    """Tokens a second and GPU."""
-    return found.plan.step_tokens / found.time.total / found.plan.world
+    """Tokens a second and GPU, mean over the run."""
+    return found.tokens / found.seconds / found.plan.world
 
 
 def _row(found: Found, cluster: Cluster, tokens: float, reference: float) -> dict[str, Any]:
@@ -159,7 +169,7 @@ def _row(found: Found, cluster: Cluster, tokens: float, reference: float) -> dic
     facts = layout_facts(found, cluster, tokens)
     return {
         "gpus": plan.world,
-        "sequences": plan.config.batch.sequences,
+        "sequences": found.config.batch.sequences,
         "step_tokens": plan.step_tokens,
         "tokens_per_second": rate * plan.world,
         "ideal_tokens_per_second": reference * plan.world,
@@ -174,6 +184,10 @@ def _notes(scaling: Scaling, cluster: Cluster, beyond: int) -> list[str]:
     smallest, largest = scaling.found[0].plan.world, scaling.found[-1].plan.world
     said = [f"efficiency: tokens/s a GPU over those of {smallest:,} GPUs; days and goodput count a failure of a node every"]
     said[0] += f" {cluster.hours_between_failures:,.0f} h"
+    if len(scaling.found[0].parts) > 1:
+        said.append(
+            "tokens/step, s/step and its parts are those of the kind of step that takes most FLOPs; the others are of the run"
+        )
     if largest > beyond:
         said.append(f"above {beyond:,} GPUs: more than any published run that the planner was fitted to or judged by")
         wait = f"{cluster.efficiency.straggle:.0%}"

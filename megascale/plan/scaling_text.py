@@ -32,5 +32,7 @@ def scaling_lines(facts: dict[str, Any]) -> Iterator[str]:
     yield from facts["notes"]
 
 
-def _days(days: float) -> str:
+def _days(days: float | None) -> str:
+    if days is None:
+        return "never"
     return f"{days:.3f}" if days < 1 else f"{days:.1f}" if days < 1e5 else f"{days:.2g}"

@@ -44,6 +44,14 @@ def test_more_nodes_fail_more_often_and_waste_more() -> None:
     assert 0.5 < many.share < few.share < 1
 
 
+@pytest.mark.parametrize("hours", [1e-4, 1e-300])
+def test_a_run_that_fails_all_the_time_never_finishes(hours: float) -> None:
+    fragile = H100.model_copy(update={"hours_between_failures": hours})
+    found = goodput(fragile, 2, 10**9, background=True)
+    assert found.share == 0 and not found.finishes
+    assert goodput(H100, 2, 10**9, background=True).finishes
+
+
 def test_writing_in_the_background_wastes_less() -> None:
     waits, goes_on = (goodput(H100, 128, 10**11, background=flag) for flag in (False, True))
     assert goes_on.checkpoint_seconds < waits.checkpoint_seconds

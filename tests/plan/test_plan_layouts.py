@@ -10,11 +10,11 @@ from megascale.config.errors import InputError
 from megascale.config.layout_checks import contradictions, layout_problems
 from megascale.config.schema import Config
 from megascale.plan.cluster import load_cluster
-from megascale.plan.layouts import Found, candidates, describe, other_schedules, search
+from megascale.plan.layouts import Found, PlannedPart, candidates, describe, other_schedules, search
 from megascale.plan.memory import worst_rank
 from megascale.plan.rank import Plan
 from megascale.plan.time import step_time
-from plans import FINE, P2, plan_of
+from plans import FINE, P2, P4, plan_of
 
 H100 = load_cluster("h100")
 MODELS = {
@@ -68,7 +68,7 @@ def test_nothing_faster_is_left_out(tmp_path: Path) -> None:
         plan = Plan(candidate, 16)
         rank, memory = worst_rank(plan, fragmentation=H100.efficiency.fragmentation)
         if memory.total <= H100.usable_bytes:
-            found = Found(candidate, plan, memory, rank, step_time(plan, H100))
+            found = Found(candidate, (PlannedPart(1000, plan, memory, rank, step_time(plan, H100)),))
             fastest[found.axes] = min(found.time.total, fastest.get(found.axes, found.time.total))
     times = [found.time.total for found in best.found]
     assert times == sorted(times)
@@ -98,3 +98,29 @@ def test_a_slow_network_keeps_experts_in_a_node(tmp_path: Path) -> None:
     best = search(config_of(tmp_path, FINE), slow, 16).found[0]
     assert best.config.parallel.ep <= 8
     assert best.time.dp + best.time.pp + best.time.ep < best.time.total
+
+
+PHASES = "schedule={phases: [{steps: 900, streams: 1, shape: constant}, {steps: 100}]}"
+
+
+def test_a_layout_is_chosen_for_all_phases(tmp_path: Path) -> None:
+    """It holds the largest phase, and no other has a shorter run; each phase takes what a run of it alone would."""
+    found = search(config_of(tmp_path, P4, PHASES), H100, 16).found
+    assert [one.seconds for one in found] == sorted(one.seconds for one in found)
+    for one in found:
+        assert one.config.parallel.stream == 1, "a phase has one stream"
+        assert [part.steps for part in one.parts] == [900, 100]
+        assert one.memory.total == max(part.memory.total for part in one.parts) <= H100.usable_bytes
+        for part, streams in zip(one.parts, (1, 4), strict=True):
+            alone = config_of(tmp_path, f"model.streams={{count: {streams}}}").model_copy(
+                update={"parallel": one.config.parallel, "batch": one.config.batch}
+            )
+            assert part.time == step_time(Plan(alone, 16), H100) and part.plan.flops == Plan(alone, 16).flops
+        assert one.seconds == pytest.approx(sum(part.steps * part.time.total for part in one.parts))
+
+
+def test_a_phase_that_does_not_fit_leaves_a_layout_out(tmp_path: Path) -> None:
+    config = config_of(tmp_path, P4, PHASES)
+    small = H100.model_copy(update={"memory_bytes": 24e9})
+    for one in search(config, small, 16).found:
+        assert worst_rank(Plan(one.config, 16), fragmentation=small.efficiency.fragmentation)[1].total <= small.usable_bytes
