@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +20,11 @@ from megascale.config.errors import InputError
 
 if TYPE_CHECKING:
     from megascale.config.load import LoadedConfig
+    from megascale.config.schema import Config, Schedule
     from megascale.plan.cluster import Cluster
     from megascale.plan.layouts import Found
+
+_TOP, _IMBALANCE = 10, 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", metavar="N", help="number of GPUs; with scaling several: 8,64,512")
     parser.add_argument("--tokens", type=float, metavar="D", help="training tokens, for days and price; default: the run's steps")
     parser.add_argument(
-        "--imbalance", type=float, default=1.0, metavar="X", help="rows of the fullest expert rank over an even share; default: 1"
+        "--imbalance",
+        type=float,
+        default=_IMBALANCE,
+        metavar="X",
+        help="rows of the fullest expert rank over an even share; default: 1",
     )
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show; default: 10")
+    parser.add_argument("--top", type=int, default=_TOP, metavar="N", help="layouts to show; default: 10")
     parser.add_argument(
         "--write", type=Path, metavar="FILE", help="write the run with the fastest layout there; axes: that of a design"
     )
@@ -77,22 +86,24 @@ def run(arguments: argparse.Namespace) -> int:
     from megascale.plan import report
     from megascale.plan.cluster import load_cluster
     from megascale.plan.layouts import search
+    from megascale.plan.parts import run_tokens
 
     cluster = load_cluster(arguments.cluster)
     loaded = load_config(arguments.config, arguments.overrides)
     check(loaded)
+    _refuse_unwritable(arguments, loaded, cluster, gpus)
     config = resolve(loaded.config)
     started = time.perf_counter()
-    result = search(config, cluster, gpus, arguments.top, arguments.imbalance)
+    result = search(config, cluster, gpus, arguments.top, arguments.imbalance, arguments.tokens)
     seconds = time.perf_counter() - started
-    tokens = arguments.tokens or config.schedule.steps * result.found[0].plan.step_tokens
-    facts = report.plan_facts(result, cluster, tokens, seconds)
+    facts = report.plan_facts(result, cluster, arguments.tokens or run_tokens(config), seconds)
+    chosen = None if arguments.write is None else _chosen(loaded, result.found[0], arguments.tokens)
     if arguments.json:
         print(json.dumps(facts, indent=1, allow_nan=False))
     else:
         report.print_plan(facts, Console())
-    if arguments.write is not None:
-        _write(arguments, loaded, result.found[0], cluster)
+    if chosen is not None:
+        _write(arguments, chosen, cluster, gpus)
     return 0
 
 
@@ -101,7 +112,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
     from megascale.plan import published, report
 
-    given = [name for name in ("config", "cluster", "gpus", "tokens", "write", "slurm") if getattr(arguments, name) is not None]
+    unread = {**dict.fromkeys(("config", "cluster", "gpus", "tokens", "write", "slurm")), "top": _TOP, "imbalance": _IMBALANCE}
+    given = [name for name, default in unread.items() if getattr(arguments, name) != default]
     if given or arguments.overrides:
         raise InputError(
             "--check", f"has no use for {', '.join(f'--{name}' for name in given) or 'overrides'}", "give --check alone"
@@ -136,30 +148,56 @@ def _refuse_senseless(arguments: argparse.Namespace) -> None:
         raise InputError("--slurm", "the job script starts a config file", "add --write FILE")
 
 
-def _write(arguments: argparse.Namespace, loaded: LoadedConfig, found: Found, cluster: Cluster) -> None:
-    """The run's config with the layout, as many steps as the tokens ask for, and its job script."""
+def _refuse_unwritable(arguments: argparse.Namespace, loaded: LoadedConfig, cluster: Cluster, gpus: int) -> None:
+    """What --write and --slurm could not write, before the search."""
+    if arguments.write is not None and arguments.tokens is not None and loaded.config.schedule.phases:
+        raise InputError("--tokens", "the run's phases fix its steps, and --write would change them", "leave --tokens out")
+    each = min(cluster.devices_per_node, gpus)
+    if arguments.slurm is not None and gpus % each:
+        reason = f"{gpus} GPUs do not fill nodes of {each}"
+        raise InputError("--slurm", reason, "plan for whole nodes, or use `megascale slurm`")
+
+
+def _chosen(loaded: LoadedConfig, found: Found, tokens: float | None) -> Config:
+    """The run with the layout and as many steps as the tokens ask for; InputError where it could not start."""
     from megascale.config.checks import check
-    from megascale.config.load import load_config
-    from megascale.config.write import dump
+    from megascale.plan.parts import steps_for
 
     config, schedule = loaded.config, loaded.config.schedule
-    if arguments.tokens is not None:
-        if schedule.phases:
-            raise InputError("--tokens", "the run's phases fix its steps, and --write would change them", "leave --tokens out")
-        steps = math.ceil(arguments.tokens / found.plan.step_tokens)
-        schedule = schedule.model_copy(update={"steps": steps, "warmup_steps": min(schedule.warmup_steps, steps - 1)})
+    if tokens is not None:
+        schedule = _of_steps(schedule, math.ceil(steps_for(config, tokens)))
     batch = config.batch.model_copy(update={"micro_batches": found.plan.micro_batches})
     parallel = found.config.parallel.model_copy(update={"dp": found.plan.dp})
     chosen = config.model_copy(update={"batch": batch, "schedule": schedule, "parallel": parallel})
+    kept = {path: origin for path, origin in loaded.origin.items() if path[0] != "parallel"}  # the file's own layout is replaced
+    check(replace(loaded, config=chosen, origin=kept), found.plan.world)
+    return chosen
+
+
+def _of_steps(schedule: Schedule, steps: int) -> Schedule:
+    """A schedule of so many steps; warm-up and decay are shortened to fit, and stderr says so."""
+    warmup, decay = min(schedule.warmup_steps, steps - 1), schedule.decay_steps
+    if schedule.shape == "wsd":
+        falls = decay or max(1, steps // 5)
+        if schedule.warmup_steps + falls > steps:
+            warmup = steps * schedule.warmup_steps // (schedule.warmup_steps + falls)
+            decay = steps - warmup
+    update = {"steps": steps, "warmup_steps": warmup, "decay_steps": decay}
+    for name in ("warmup_steps", "decay_steps"):
+        if update[name] != (before := getattr(schedule, name)):
+            print(f"--tokens: {steps:,} steps: schedule.{name} {before or 'a fifth'} becomes {update[name]}", file=sys.stderr)
+    return schedule.model_copy(update=update)
+
+
+def _write(arguments: argparse.Namespace, chosen: Config, cluster: Cluster, gpus: int) -> None:
+    """The chosen run's config and its job script."""
+    from megascale.config.write import dump
+
     save(arguments.write, dump(chosen), "--write")
-    check(load_config(arguments.write), found.plan.world)
     if arguments.slurm is not None:
         from megascale.train.job_script import Job, job_script
 
-        each = min(cluster.devices_per_node, found.plan.world)
-        if found.plan.world % each:
-            reason = f"{found.plan.world} GPUs do not fill nodes of {each}"
-            raise InputError("--slurm", reason, "plan for whole nodes, or use `megascale slurm`")
-        job = Job(nodes=found.plan.world // each, gpus=each, ranks=each, time="24:00:00", warning_seconds=600)
-        place = config.run
+        each = min(cluster.devices_per_node, gpus)
+        job = Job(nodes=gpus // each, gpus=each, ranks=each, time="24:00:00", warning_seconds=600)
+        place = chosen.run
         save(arguments.slurm, job_script(job, arguments.write, (), place.name, Path(place.folder) / place.name), "--slurm")
