@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from megascale.laws.registry import law_named
+from megascale.plan.axis_candidates import Candidate, dense_table
 from megascale.plan.axis_search import REASONS, AxisSearch
 from megascale.plan.hypothesis import (
     CAVEATS,
@@ -32,10 +33,12 @@ def axis_report(found: AxisSearch, draws: int = 100) -> dict[str, Any]:
         draws: as given to the search; the factors of the shown designs are computed again.
     """
     shown = _chosen(found)
+    grid = list(_grid_ends(found))
     rows = [{"roles": roles, **_row(found, index, draws)} for index, roles in shown.items()]
     return {
         "hypothesis": list(HYPOTHESIS),
-        "caveats": [found.own.caveat, *CAVEATS, *_more_caveats(found)],
+        "caveats": [found.own.caveat, *CAVEATS, *_more_caveats(found), *grid],
+        "grid_ends": grid,
         "budget": {"flops": found.flops, "served_tokens": found.limits.served, "stream_share": found.axes.stream_share},
         "limits": {name: _finite(getattr(found.limits, name)) for name in ("memory", "latency", "unique")},
         "workload": vars(found.work),
@@ -68,6 +71,31 @@ def _more_caveats(found: AxisSearch) -> list[str]:
         names = ", ".join(base.name for base in found.own.bases)
         said.append(f"{names}: N of the search includes embeddings; fit runs of yours with --map N=N_with_embeddings")
     return said
+
+
+def _grid_ends(found: AxisSearch) -> Iterator[str]:
+    """Where the shapes and budgets that are compared end before the answer does."""
+    dense = dense_table(found.work, found.device)
+    n, best = dense.sizes.parameters, found.best()
+    assert best is not None
+    fresh = found.flops / dense.train
+    chosen = {one.base.name: int(np.argmin(one.base.loss(n, fresh, np.ones(len(dense)), np.inf))) for one in found.judged}
+    for index, end in ((int(n.argmin()), "smallest"), (int(n.argmax()), "largest")):
+        shape = _shape_name(dense.models[index])
+        names = [name for name, one in chosen.items() if one == index]
+        if names:
+            reason = "C_dense/C and the worth of more FLOPs are too large: no dense model of another size is compared with"
+            yield f"the best dense shape for the budget is the {end} there is, {shape}, by {', '.join(names)}: {reason}"
+        if _shape_name(found.table.models[best]) == shape:
+            yield f"the best design has the {end} shape there is, {shape}: one beyond it may be better"
+    cut = found.cut[:, found.fits].sum(axis=1)
+    counts = [f"{one.base.name} {count}" for one, count in zip(found.judged, cut, strict=True) if count]
+    if counts:
+        yield f"C_dense/C, or an end of its interval, is cut at 0.001 or 1000 of the budget; designs by law: {', '.join(counts)}"
+
+
+def _shape_name(one: Candidate) -> str:
+    return f"{one.model.width}x{one.model.layers}"
 
 
 def _laws(found: AxisSearch) -> list[dict[str, Any]]:
@@ -134,7 +162,7 @@ def _row(found: AxisSearch, index: int, draws: int) -> dict[str, Any]:
     one, sizes, tokens = found.table.models[index], found.table.sizes.at(index), float(found.tokens[index])
     by_law: dict[str, dict[str, Any]] = {}
     outside: dict[str, list[str]] = {}
-    for judged in found.judged:
+    for judged, cut in zip(found.judged, found.cut[:, index], strict=True):
         ratio = judged.ratio
         by_law[judged.base.name] = {
             "loss": float(judged.loss[index]),
@@ -144,6 +172,7 @@ def _row(found: AxisSearch, index: int, draws: int) -> dict[str, Any]:
             "N_eff/N": [float(ratio.low[index]), float(ratio.middle[index]), float(ratio.high[index])],
             "compute_multiplier": float(judged.multiplier[index]),
             "compute_multiplier_range": [float(judged.multiplier_low[index]), float(judged.multiplier_high[index])],
+            "compute_multiplier_cut": bool(cut),
         }
         outside |= out_of_range(sizes, judged.base, float(ratio.middle[index]), tokens, found.limits.unique)
     outside |= found.own.outside(sizes)

@@ -23,6 +23,7 @@ from megascale.plan.own_fits import Own
 
 _CURVE = np.logspace(-3, 3, 181)
 """budgets, relative, at which the best dense loss is known"""
+_EDGE = 1 + 1e-9
 BINDS = 1.02
 """a limit binds when twice of it is worth this much compute"""
 REASONS = ("memory", "latency", "budget", "fits")
@@ -87,6 +88,13 @@ class AxisSearch:
         """Median of the compute multiplier over the laws."""
         return score(self.judged)
 
+    @property
+    def cut(self) -> NDArray[np.bool_]:
+        """Laws by designs: whether the multiplier, or an end of its interval, lies beyond the budgets of the dense curve."""
+        ends = [np.stack([one.multiplier, one.multiplier_low, one.multiplier_high]) for one in self.judged]
+        beyond = [(values <= _CURVE[0] * _EDGE) | (values >= _CURVE[-1] / _EDGE) for values in ends]
+        return np.stack([values.any(axis=0) for values in beyond])
+
     def best(self, chosen: NDArray[np.bool_] | None = None) -> int | None:
         """The design of the highest score among those that fit."""
         mask = self.fits if chosen is None else self.fits & chosen
@@ -125,7 +133,7 @@ def search_axes(
             nothing fits.
     """
     axes, work, own = axes or Axes(), work or Workload(), own or Own()
-    _refuse_senseless(flops, limits)
+    refuse_senseless(flops, limits)
     dense = dense_table(work, device)
     table, tokens, judged = compare(flops, device, limits, axes, work, own, draws)
     reason = why_left_out(table, tokens, limits)
@@ -163,7 +171,8 @@ def effective_ratios(sizes: Sizes, own: Own, draws: int) -> dict[str, Effective]
     return {base.name: effective(streams, () if base.knows_experts else routed, worth) for base in every}
 
 
-def _refuse_senseless(flops: float, limits: Limits) -> None:
+def refuse_senseless(flops: float, limits: Limits) -> None:
+    """InputError for a budget, FLOPs, or a limit that is no positive number."""
     for option, value, low in (
         ("--flops", flops, 0.0), ("--memory", limits.memory, 0.0), ("--latency", limits.latency, 0.0), ("--unique", limits.unique, 0.0),
     ):  # fmt: skip

@@ -37,7 +37,8 @@ def _head(facts: dict[str, Any]) -> Iterator[str]:
     binds = ", ".join(facts["binds"]) or "nothing but the budget"
     worth = ", ".join(f"{name} x{gain:.2f}" for name, gain in facts["worth_of_twice"].items())
     half = " (served: of half)" if "served" in facts["worth_of_twice"] else ""
-    yield f"binds       {binds}; worth of twice the limit in compute{half}: {worth}"
+    ends = "; LIMITED BY THE GRID, see the caveats" if facts["grid_ends"] else ""
+    yield f"binds       {binds}; worth of twice the limit in compute{half}: {worth}{ends}"
 
 
 def _designs(facts: dict[str, Any], details: int) -> Iterator[str]:
@@ -65,7 +66,7 @@ def _by_law(row: dict[str, Any]) -> Iterator[str]:
         loss = _ranged(said["loss"], said["low"], said["high"], 3)
         worth = f"{least:.2f} to {most:.2f}" if most > 1.001 * least else f"{most:.2f}"
         worth += ", E inside" if said["experts_in_law"] else ""
-        multiplier = _ranged(said["compute_multiplier"], low, high, 2)
+        multiplier = _ranged(said["compute_multiplier"], low, high, 2) + (" CUT" if said["compute_multiplier_cut"] else "")
         yield f"  {law:<15}{loss:<24}{worth:<24}{multiplier:<20}{flag}".rstrip()
     for names in (tuple(STREAM_LAWS), ROUTED_LAWS):
         values = {name: row["factors"][name] for name in names}

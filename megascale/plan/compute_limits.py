@@ -16,7 +16,7 @@ from megascale.config.errors import InputError
 from megascale.laws.registry import law_named
 from megascale.observe.console import format_count
 from megascale.plan.axis_candidates import Axes, Candidate, Table, Workload, candidate, dense_table, table_of
-from megascale.plan.axis_search import Limits
+from megascale.plan.axis_search import Limits, refuse_senseless
 from megascale.plan.cluster import Cluster
 from megascale.plan.hypothesis import REPETITION, Factor, Sizes, routed_factors, stream_factors
 from megascale.plan.shapes import STEP, shape
@@ -38,17 +38,20 @@ def compute_only_report(
         draws: refits for the interval of the streams' worth; 0 = none.
 
     Raises:
-        InputError: a budget that is no positive number, or none of whose shapes the memory holds.
+        InputError: a budget or limit that is no positive number, or limits that no shape keeps with as many tokens as parameters.
     """
-    if not (np.isfinite(flops) and flops > 0):
-        raise InputError("--flops", f"{flops:g} is no positive number", "give for example 1e22")
+    refuse_senseless(flops, limits)
     axes, work = axes or Axes(), work or Workload()
     dense = dense_table(work, device)
     tokens = flops / dense.train
-    sensible = (tokens >= dense.sizes.parameters) & (dense.memory <= limits.memory)
-    if not sensible.any():
+    small = (tokens >= dense.sizes.parameters) & (dense.memory <= limits.memory)
+    if not small.any():
         reason = f"no dense shape of {flops:.3g} FLOPs fits {limits.memory / GIB:.3g} GiB with as many tokens as parameters"
         raise InputError("--memory", reason, "raise the limit or the budget")
+    if not _kept(dense, tokens, limits).any():
+        fastest = float(dense.latency[small].min())
+        reason = f"no dense shape that fits the memory needs only {limits.latency * 1e3:.3g} ms a token"
+        raise InputError("--latency", reason, f"the fastest needs {fastest * 1e3:.3g} ms; raise it, or use a faster device")
     return {
         "law": LAW,
         "notes": list(law_named(LAW).notes),
@@ -59,6 +62,12 @@ def compute_only_report(
         "binds": _binding(dense, tokens, limits),
         "capped": _capped(flops, dense, tokens, limits, axes, work, device, draws) if np.isfinite(limits.unique) else None,
     }
+
+
+def _kept(dense: Table, tokens: np.ndarray, limits: Limits) -> np.ndarray:
+    """Shapes that deployment allows and that the budget trains on as many tokens as parameters."""
+    trained = tokens >= dense.sizes.parameters
+    return np.asarray(trained & (dense.memory <= limits.memory) & (dense.latency <= limits.latency))
 
 
 def _point(n: float, d: float) -> dict[str, np.ndarray]:
@@ -103,13 +112,12 @@ def _binding(dense: Table, tokens: np.ndarray, limits: Limits) -> dict[str, Any]
         variables = law_named(LAW).variables
         allowed = (tokens / n <= variables["D/N"].high) & (n >= variables["N"].low)
         place, what = "range of the law", "no limit of tokens is given: the smallest N for which the law was seen to hold"
-    inside = allowed & (dense.memory <= limits.memory) & (dense.latency <= limits.latency)
-    if not allowed.any() or not inside.any():
-        return {
-            "limit": f"{place}, against deployment",
-            "why": "no size keeps both: the data ask for a larger N than fits",
-            "N": None,
-        }
+    inside = allowed & _kept(dense, tokens, limits)
+    if not inside.any():
+        deployed = allowed & (dense.memory <= limits.memory) & (dense.latency <= limits.latency)
+        against, than = ("the budget", "has as many tokens") if deployed.any() else ("deployment", "fits")
+        why = f"no size keeps both: the data ask for a larger N than {than}"
+        return {"limit": f"{place}, against {against}", "why": why, "N": None}
     index = int(np.flatnonzero(inside)[np.argmin(n[inside])])
     return {"limit": place, "why": what, "N": float(n[index]), "D": float(tokens[index])}
 
@@ -119,7 +127,7 @@ def _capped(
 ) -> dict[str, Any]:
     """Prediction (b): N must grow. Beside it, what the other axes multiply N D by at the largest dense shape that fits."""
     n, law = dense.sizes.parameters, law_named(LAW)
-    fits = dense.memory <= limits.memory
+    fits = _kept(dense, tokens, limits)
     here = int(np.flatnonzero(fits)[np.argmax(n[fits])])
     spent = min(float(tokens[here]), limits.unique)
     # The law counts C = 6 N D; the product that the budget buys is taken at this shape's counted FLOPs.
@@ -132,7 +140,7 @@ def _capped(
         "gap": product / (float(n[here]) * spent),
         "bits_per_character": bits,
         "reachable_by": {name: _needed(name, flops, spent) for name in DENYING},
-        "offers": list(_offers(dense.models[here], spent, axes, work, device, draws)),
+        "offers": list(_offers(dense.models[here], spent, limits, axes, work, device, draws)),
     }
 
 
@@ -144,39 +152,42 @@ def _needed(name: str, flops: float, tokens: float) -> float | None:
     return float((law.values["A"] / of_n) ** (1 / law.values["alpha"])) if of_n > 0 else None
 
 
-def _offers(plain: Candidate, tokens: float, axes: Axes, work: Workload, device: Cluster, draws: int) -> Iterator[dict[str, Any]]:
+def _offers(
+    plain: Candidate, tokens: float, limits: Limits, axes: Axes, work: Workload, device: Cluster, draws: int
+) -> Iterator[dict[str, Any]]:
     """What each axis multiplies N D by, at most, and what it costs beside the dense shape."""
     step = plain.model.width // STEP
 
-    def grown(**change: int) -> tuple[Sizes, str, float]:
+    def grown(**change: int) -> tuple[Sizes, str, Candidate]:
         model = shape(step, plain.model.layers // step, vocabulary=work.vocabulary, **change)
         one = candidate(model, work, device)
         cost = f"{one.train / plain.train:.2f} times the FLOPs, {one.memory / plain.memory:.2f} times the memory"
-        return table_of([one]).sizes, cost, one.memory
+        return table_of([one]).sizes, cost, one
+
+    def offer(axis: str, ends: tuple[float, float], cost: str, one: Candidate) -> dict[str, Any]:
+        over = [name for name in ("memory", "latency") if getattr(one, name) > getattr(limits, name)]
+        sizes = {"memory_bytes": one.memory, "latency_seconds": one.latency}
+        return {"axis": axis, "low": ends[0], "high": ends[1], "cost": cost, **sizes, "over": over}
 
     streams, experts, blocks = max(axes.streams), max(axes.experts), max(axes.blocks)
     if streams > 1:
-        sizes, cost, held = grown(streams=streams)
-        yield _offer(f"P={streams}", _merge(stream_factors(sizes, draws)), cost, held)
+        sizes, cost, one = grown(streams=streams)
+        yield offer(f"P={streams}", _merge(stream_factors(sizes, draws)), cost, one)
     if experts > 1:
-        sizes, cost, held = grown(experts=experts)
-        yield _offer(f"E={experts}", _merge(routed_factors(sizes)), cost, held)
+        sizes, cost, one = grown(experts=experts)
+        yield offer(f"E={experts}", _merge(routed_factors(sizes)), cost, one)
     if blocks > 1:
-        _, cost, held = grown(blocks=blocks)
-        yield _offer(f"K={blocks}", (1.0, 1.0), f"{cost}; a_K = 1 until fitted to runs", held)
+        _, cost, one = grown(blocks=blocks)
+        yield offer(f"K={blocks}", (1.0, 1.0), f"{cost}; a_K = 1 until fitted to runs", one)
     law = law_named(REPETITION)
     for epochs in EPOCHS:
         inputs = {"D": np.asarray([epochs * tokens]), "U": np.asarray([tokens])}
         worth = float(law.predict("effective_tokens_ratio", inputs)[0]) * epochs
-        yield _offer(f"{epochs:.0f} epochs", (worth, worth), f"{epochs:.2f} times the FLOPs ({REPETITION})", plain.memory)
+        yield offer(f"{epochs:.0f} epochs", (worth, worth), f"{epochs:.2f} times the FLOPs ({REPETITION})", plain)
 
 
 def _merge(factors: list[Factor]) -> tuple[float, float]:
     return min(float(factor.low[0]) for factor in factors), max(float(factor.high[0]) for factor in factors)
-
-
-def _offer(axis: str, ends: tuple[float, float], cost: str, held: float) -> dict[str, Any]:
-    return {"axis": axis, "low": ends[0], "high": ends[1], "cost": cost, "memory_bytes": held}
 
 
 def compute_only_lines(facts: dict[str, Any]) -> Iterator[str]:
@@ -201,10 +212,10 @@ def compute_only_lines(facts: dict[str, Any]) -> Iterator[str]:
     if facts["capped"] is None:
         yield "(b) needs a limit of unique tokens"
         return
-    yield from _capped_lines(facts["capped"], facts["memory"])
+    yield from _capped_lines(facts["capped"])
 
 
-def _capped_lines(capped: dict[str, Any], limit: float) -> Iterator[str]:
+def _capped_lines(capped: dict[str, Any]) -> Iterator[str]:
     base = capped["reached_by"]
     needed = f"N must be {format_count(capped['needed_parameters'])} for {capped['bits_per_character']:.3f} bits"
     yield f"(b) with {format_count(base['D'])} tokens: {needed}"
@@ -217,7 +228,7 @@ def _capped_lines(capped: dict[str, Any], limit: float) -> Iterator[str]:
         yield f"    {name}: the loss of its optimum for this budget, on these tokens, needs {said}"
     for offer in capped["offers"]:
         ends = f"{offer['low']:.2f}" + (f" to {offer['high']:.2f}" if offer["high"] > offer["low"] * 1.001 else "")
-        over = "; over the memory" if offer["memory_bytes"] > limit else ""
+        over = "".join(f"; over the {name}" for name in offer["over"])
         enough = _enough(offer, capped["gap"])
         yield f"    {offer['axis']:<10} N D x {ends:<14} {enough:<16} {offer['cost']}{over}"
 

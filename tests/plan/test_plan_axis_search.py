@@ -176,6 +176,25 @@ def test_the_report_carries_the_hypothesis_the_binding_limit_and_json(found):
         assert row["training_flops"] == pytest.approx(BUDGET)
 
 
+def test_a_comparison_that_ends_with_the_shapes_says_so(found):
+    """Of a small budget the best dense model would be smaller than any shape: what more FLOPs are worth is not known."""
+    small = axis_report(search(3e17, DENSE), 0)
+    assert any("smallest there is, 512x4, by chinchilla" in line for line in small["caveats"])
+    assert any("best design has the smallest shape" in line for line in small["caveats"])
+    assert "LIMITED BY THE GRID" in "\n".join(axis_lines(small))
+    middle = axis_report(search(BUDGET, DENSE), 0)
+    assert middle["grid_ends"] == [] and "LIMITED BY THE GRID" not in "\n".join(axis_lines(middle))
+
+
+def test_a_multiplier_beyond_the_dense_curve_is_flagged():
+    """Few unique tokens: no dense budget of the curve is as bad."""
+    facts = axis_report(search(axes=DENSE, unique=2e6), 0)
+    assert any("cut at 0.001 or 1000" in line for line in facts["caveats"])
+    rows = [said for row in facts["designs"] for said in row["by_law"].values()]
+    assert all(said["compute_multiplier_cut"] == (said["compute_multiplier_range"][0] <= 0.001 * (1 + 1e-9)) for said in rows)
+    assert any(said["compute_multiplier_cut"] for said in rows) and " CUT" in "\n".join(axis_lines(facts))
+
+
 def test_what_leaves_a_laws_range_is_flagged(found):
     inner = {one.name: one.active_inner for one in found.table.models}
     largest = law_named("routed-hash").variables["N"].high

@@ -14,8 +14,8 @@ from megascale.plan.compute_limits import compute_only_lines, compute_only_repor
 GIB = 2**30
 
 
-def report(flops=1e22, memory=24 * GIB, unique=np.inf):
-    return compute_only_report(flops, load_cluster("a100"), Limits(memory, unique=unique), draws=0)
+def report(flops=1e22, memory=24 * GIB, unique=np.inf, latency=np.inf):
+    return compute_only_report(flops, load_cluster("a100"), Limits(memory, latency, unique), draws=0)
 
 
 def test_one_budget_is_one_quality_whatever_the_size():
@@ -57,6 +57,22 @@ def test_with_capped_data_n_must_grow_by_the_gap():
     assert capped["reachable_by"]["besiroglu"] > capped["needed_parameters"]  # that law asks for more than N D
 
 
+def test_the_largest_shape_has_as_many_tokens_as_parameters():
+    facts = report(flops=1e19, memory=70 * GIB, unique=1e9)
+    base = facts["capped"]["reached_by"]
+    assert base["D"] == 1e9 and 0.5e9 < base["N"] < 1.3e9
+    assert facts["binds"]["N"] is None and facts["binds"]["limit"] == "data, against the budget"
+
+
+def test_the_largest_shape_and_the_offers_keep_the_latency():
+    fast, slow = (report(unique=1e11, latency=latency)["capped"] for latency in (2e-3, np.inf))
+    assert fast["reached_by"]["N"] < 0.5 * slow["reached_by"]["N"]
+    offers = {offer["axis"]: offer for offer in fast["offers"]}
+    assert offers["P=8"]["latency_seconds"] > 2e-3 and offers["P=8"]["over"] == ["latency"]
+    assert offers["4 epochs"]["over"] == [] and slow["offers"][0]["over"] == ["memory"]
+    assert "over the latency" in "\n".join(compute_only_lines(report(unique=1e11, latency=2e-3)))
+
+
 def test_too_few_tokens_cannot_be_made_up_by_any_size():
     assert report(unique=2e9)["capped"]["reachable_by"]["chinchilla"] is None
 
@@ -77,6 +93,22 @@ def test_it_is_told_as_text_and_json():
         json.dumps(facts, allow_nan=False)
         text = "\n".join(compute_only_lines(facts))
         assert "no interior optimum" in text and "binds:" in text and "(b)" in text
+
+
+@pytest.mark.parametrize(
+    ("limits", "place"),
+    [
+        ({"unique": -5.0}, "--unique"),
+        ({"unique": np.nan}, "--unique"),
+        ({"latency": -1.0}, "--latency"),
+        ({"latency": 1e-6}, "--latency"),
+        ({"memory": np.nan}, "--memory"),
+    ],
+)
+def test_senseless_limits_are_refused_as_by_the_search(limits, place):
+    with pytest.raises(InputError) as refused:
+        report(**limits)
+    assert refused.value.place == place and refused.value.remedy
 
 
 def test_impossible_requests_are_refused():
