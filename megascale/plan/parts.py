@@ -10,6 +10,9 @@ from megascale.config.phases import spans
 from megascale.config.schema import Batch, Config
 from megascale.train.schedule import consumed_before
 
+_ROUNDING = 1e-9
+"""of the run's steps: fewer are no part, but what rounding leaves of one"""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -52,7 +55,7 @@ def parts_of(config: Config, tokens: float | None = None) -> tuple[Part, ...]:
     for span in spans(config):
         for first, last, sequences in _batches(config.batch):
             count = min(last, span.last * stretch) - max(first, span.before * stretch)
-            if count > 0:
+            if count > _ROUNDING * stretch * steps:
                 key = span.config.model.streams.count, sequences
                 batch = Batch(sequences=sequences, micro_batches=config.batch.micro_batches)
                 part = found.get(key) or Part(0, span.config.model_copy(update={"batch": batch}))
