@@ -20,6 +20,7 @@ _DOMAINS = {
     "K": (1.0, np.inf, "one block is a plain model"),
     "k": (1.0, np.inf, "a token passes at least one expert"),
     "A": (0.0, 1.0, "it is a share"),
+    "I": (0.0, 1e30, "nobody serves so many tokens"),
 }
 """symbols with a meaning in part of the positive numbers only: least, most, why; the same in all laws and tables"""
 

@@ -225,6 +225,7 @@ def test_a_curve_is_solid_only_inside_its_range() -> None:
         (["predict", "chinchilla", "--at", "N=1e9", "E=2"], "is no input of the law"),
         (["predict", "chinchilla", "--at", "N=x"], "is no number"),
         (["predict", "chinchilla", "--at", "N=-1", "D=1e9"], "not a positive number"),
+        (["predict", "chinchilla", "--at", "C=1e22", "I=1e60"], "1e+60 is above 1e+30: nobody serves so many tokens"),
         (["predict", "parscale-pile", "--at", "P=0.01"], "0.01 is below 1: one stream is a plain model"),
         (["predict", "routed-hash", "--at", "N=1e9", "E=0.3"], "0.3 is below 1: one expert is a dense model"),
         (["predict", "ling-leverage", "--at", "A=2", "G=2", "C=1e20"], "2 is above 1: it is a share"),
