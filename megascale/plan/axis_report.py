@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from megascale.laws.registry import law_named
 from megascale.plan.axis_candidates import Candidate, dense_table
 from megascale.plan.axis_search import REASONS, AxisSearch
+from megascale.plan.break_even import break_even
 from megascale.plan.hypothesis import (
     CAVEATS,
     HYPOTHESIS,
@@ -52,7 +54,7 @@ def axis_report(found: AxisSearch, draws: int = 100) -> dict[str, Any]:
         "designs": rows,
         "axes": list(_axis_values(found)),
         "disagreement": _disagreement(found),
-        "break_even_a_K": found.break_even,
+        "break_even_a_K": None if (pays := break_even(found)) is None else asdict(pays),
     }
 
 

@@ -80,8 +80,6 @@ class AxisSearch:
     """a design that dominates; -1 = none, or left out before"""
     gains: Mapping[str, float]
     """limit -> compute that twice of it is worth, as a factor of the score"""
-    break_even: tuple[float, float] | None
-    """a_K from which on two blocks pay, by the law that asks least and the one that asks most; none = not tried"""
 
     @property
     def score(self) -> Array:
@@ -144,8 +142,7 @@ def search_axes(
     dominator = _dominators(objectives, fits)
     front = np.flatnonzero(fits & (dominator < 0))
     gains = _gains(flops, limits, table, judged, dense)
-    found = AxisSearch(flops, device, limits, work, axes, own, table, tokens, judged, fits, reason, front, dominator, gains, None)
-    return replace(found, break_even=_break_even(found))
+    return AxisSearch(flops, device, limits, work, axes, own, table, tokens, judged, fits, reason, front, dominator, gains)
 
 
 def compare(
@@ -268,26 +265,3 @@ def _gains(flops: float, limits: Limits, table: Table, judged: tuple[Judged, ...
 
 def _without_draws(judged: tuple[Judged, ...]) -> list[Judged]:
     return [replace(one, base=replace(one.base, draws=())) for one in judged]
-
-
-def _break_even(found: AxisSearch) -> tuple[float, float] | None:
-    """a_K at which the best design with one block and its twin with two have one loss, by each law; the twin trains on fewer tokens."""
-    blocks = found.table.sizes.blocks
-    best = found.best(blocks == 1)
-    if best is None or not (blocks == 2).any():
-        return None
-    plain = found.table.models[best].name
-    twin = next((i for i, one in enumerate(found.table.models) if one.name == plain[:-1] + "2"), None)
-    if twin is None:
-        return None
-    sizes, tokens = found.table.sizes.at(twin), found.tokens[[twin]]
-    without = sizes.parameters / found.own.worth(sizes.blocks).middle
-    needed = []
-    for one in found.judged:
-        n, low, high = without * one.ratio.middle[twin], 0.5, 4.0
-        for _ in range(50):
-            middle = np.sqrt(low * high)
-            above = one.base.loss(n * middle, tokens, sizes.expansion, found.limits.unique)[0] > one.loss[best]
-            low, high = (middle, high) if above else (low, middle)
-        needed.append(float(high))
-    return min(needed), max(needed)

@@ -101,8 +101,11 @@ def _axes_lines(facts: dict[str, Any]) -> Iterator[str]:
         else:
             yield f"{label:<6}{row['best']:<31}{row['score_over_best']:>10.2f}  {row['why']}"
     if facts["break_even_a_K"]:
-        low, high = facts["break_even_a_K"]
-        yield f"K=2 costs few FLOPs: it pays from a_K = {low:.5f} to {high:.5f} on, by law; its memory traffic is not counted"
+        pays = facts["break_even_a_K"]
+        (low, high), (least, most) = pays["by_flops"], pays["by_time"]
+        yield f"K=2 costs few FLOPs: it pays from a_K = {low:.5f} to {high:.5f} on, by law"
+        longer = f"{pays['longer'] - 1:.1%} longer by the plan for {facts['device']}"
+        yield f"    by time ({longer}, without messages and optimizer): from {least:.4f} to {most:.4f} on"
 
 
 def _closing(facts: dict[str, Any]) -> Iterator[str]:

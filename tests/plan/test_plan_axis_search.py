@@ -14,6 +14,7 @@ from megascale.plan.axis_candidates import Axes, Workload
 from megascale.plan.axis_report import axis_report
 from megascale.plan.axis_search import Limits, search_axes
 from megascale.plan.axis_text import axis_lines
+from megascale.plan.break_even import break_even
 from megascale.plan.cluster import load_cluster
 from megascale.plan.hypothesis import HYPOTHESIS, routed_factors
 from megascale.plan.own_fits import Own
@@ -149,9 +150,16 @@ def test_blocks_are_dominated_until_runs_show_their_worth():
     assert plain.table.sizes.blocks[plain.best()] == 1
     assert (plain.dominator[plain.fits & (plain.table.sizes.blocks == 2)] >= 0).all()
     assert worthy.table.sizes.blocks[worthy.best()] == 2
-    least, most = plain.break_even
-    assert 1 < least <= most < 1.01
-    assert worthy.break_even == pytest.approx(plain.break_even, rel=1e-6), "the a_K that is needed, not what is missing"
+
+
+def test_two_blocks_pay_later_by_time_than_by_flops():
+    plain = search()
+    pays = break_even(plain)
+    assert min(pays.by_flops) > 1 and max(pays.by_flops) < min(pays.by_time) and max(pays.by_time) < 1.05
+    assert 1.001 < pays.longer < 1.05
+    worthy = break_even(search(own=Own(given={2: 1.2})))
+    assert worthy.by_flops == pytest.approx(pays.by_flops, rel=1e-6), "the a_K that is needed, not what is missing"
+    assert break_even(replace(plain, fits=plain.table.sizes.blocks == 2)) is None
 
 
 def test_intervals_are_given_where_runs_are_known_and_nowhere_else(found):
