@@ -11,8 +11,7 @@ from hypothesis import settings
 
 from benchmarks.hosts import Hosts, HostsError
 from corpora import build_corpus
-from megascale.kernels.attention import PrefixMaths
-from megascale.model.loss import LossKernels
+from isolation import compiled_here_only
 from ranks import RankPool
 
 os.environ |= {
@@ -43,14 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _compiled_for_one_test() -> Iterator[None]:
     """What a run compiles for its whole process ends with the test."""
-    with pytest.MonkeyPatch.context() as kept:
-        for place, name in (
-            (LossKernels, "statistics"),
-            (LossKernels, "gradient"),
-            (PrefixMaths, "merge"),
-            (PrefixMaths, "gradients"),
-        ):
-            kept.setattr(place, name, place.__dict__[name])
+    with compiled_here_only():
         yield
 
 

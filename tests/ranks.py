@@ -292,12 +292,14 @@ def _process_group(number: int, call: Call) -> Iterator[None]:
     import torch
     from torch import distributed
 
+    from isolation import compiled_here_only
+
     rank, size = str(number), str(call.world_size)
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(call.master_port)}
     # Longer than the pool's deadline, which shows the stacks of all ranks instead of one rank's broken connection.
     patience = timedelta(seconds=call.timeout + 60)
-    with mock.patch.dict(os.environ, variables):
+    with mock.patch.dict(os.environ, variables), compiled_here_only():
         distributed.init_process_group(
             "gloo", init_method=f"file://{call.store}", rank=number, world_size=call.world_size, timeout=patience
         )

@@ -53,6 +53,14 @@ def left_behind(rank: int, world_size: int) -> bool:
     return "LEFT_BEHIND" in os.environ
 
 
+def compile_the_loss(rank: int, world_size: int) -> tuple[str, str]:
+    from megascale.model.loss import LossKernels
+
+    before = repr(LossKernels.statistics)
+    LossKernels.compile()
+    return before, repr(LossKernels.statistics)
+
+
 def process_id(rank: int, world_size: int) -> int:
     return os.getpid()
 
@@ -186,3 +194,10 @@ def test_busy_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> No
     while rank.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not rank.exists()
+
+
+def test_what_a_call_compiles_for_its_process_ends_with_it(pool: RankPool) -> None:
+    """Compiled functions round otherwise: the next run in this process would not be the same bit for bit."""
+    first, second = (pool.run(compile_the_loss) for _ in range(2))
+    assert [before for before, _ in first] == [before for before, _ in second]
+    assert all(before != after for before, after in first)
