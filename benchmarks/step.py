@@ -192,7 +192,6 @@ def _alone(device: torch.device, name: str, maker: Maker, rounds: int, memory: b
     def measure() -> dict[str, Any]:
         make, arguments = maker
         run = make(*arguments)
-        run()
         found: dict[str, Any] = {"ms": milliseconds(device, {name: run}, rounds)[name]}
         return found | {"peak_mib": peak_allocated_mib(device, run)} if memory else found
 

@@ -209,6 +209,10 @@ def why_plain(streams: int, width: int, inner: int) -> str:
     return "widths that are no multiples of 16" if width % 16 or inner % 16 else ""
 
 
+def _fits(x: Tensor, mix_weight: Tensor) -> bool:
+    return not why_plain(mix_weight.shape[0], x.shape[2], mix_weight.shape[1])
+
+
 def aggregate_streams(
     x: Tensor, hidden: Tensor, hidden_bias: Tensor, mix_weight: Tensor, mix_bias: Tensor, smoothing: float, first_stream: int = 0,
     fused: bool | None = None,
@@ -228,7 +232,7 @@ def aggregate_streams(
 
     Returns: y [T, d] as x, and w [T, P] in fp32 (fp64 for fp64).
     """
-    if is_fused(x, fused, not why_plain(mix_weight.shape[0], x.shape[2], mix_weight.shape[1])):
+    if is_fused(x, fused, _fits(x, mix_weight)):
         return _aggregate(x, hidden, hidden_bias, mix_weight, mix_bias, smoothing, first_stream)[:2]
     scores = F.linear(F.silu(hidden + hidden_bias), mix_weight, mix_bias)
     weights = _smooth(widen(scores).softmax(-1), smoothing)
@@ -243,6 +247,6 @@ def linear_aggregate_streams(
 
     bias [h] is the product's; the other arguments and the results are those of `aggregate_streams`.
     """
-    if is_fused(x, fused, not why_plain(mix_weight.shape[0], x.shape[2], mix_weight.shape[1])):
+    if is_fused(x, fused, _fits(x, mix_weight)):
         return _linear_aggregate(x, weight, bias, mix_weight, mix_bias, smoothing)[:2]
     return aggregate_streams(x, F.linear(x.flatten(1), weight), bias, mix_weight, mix_bias, smoothing, fused=False)

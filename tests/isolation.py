@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 
@@ -15,9 +15,7 @@ def compiled_here_only() -> Iterator[None]:
     from megascale.kernels.attention import PrefixMaths
     from megascale.model.loss import LossKernels
 
-    keep = {name: LossKernels.__dict__[name] for name in ("statistics", "gradient")}
-    with (
-        mock.patch.multiple(LossKernels, **keep),
-        mock.patch.multiple(PrefixMaths, **{name: PrefixMaths.__dict__[name] for name in ("merge", "gradients")}),
-    ):
+    with ExitStack() as patches:
+        for place, names in ((LossKernels, ("statistics", "gradient")), (PrefixMaths, ("merge", "gradients"))):
+            patches.enter_context(mock.patch.multiple(place, **{name: place.__dict__[name] for name in names}))
         yield

@@ -73,3 +73,25 @@ def test_without_a_gpu_its_benchmarks_are_refused(tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path)])
     assert "--device cpu tries the parts in small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_results_are_kept_behind_each_part_and_trials_on_a_cpu_change_none(device: str, tmp_path: Path, monkeypatch) -> None:
+    stored, out = tmp_path / "results", tmp_path / "out"
+    stored.mkdir()
+    out.mkdir()
+    monkeypatch.setattr(gpu, "RESULTS", stored)
+    (stored / "old.json").write_text("before")
+    (stored / "untouched.json").write_text("before")
+    results = gpu._Results(out, device)
+    for text in ("first part", "second part"):
+        (stored / "old.json").write_text(text)
+        (stored / f"{text}.json").write_text(text)
+        results.keep()
+        assert (out / "old.json").read_text() == text
+    assert sorted(path.name for path in out.iterdir()) == ["first part.json", "old.json", "second part.json"]
+    left = {path.name: path.read_text() for path in stored.iterdir()}
+    if device == "cpu":
+        assert left == {"old.json": "before", "untouched.json": "before"}
+    else:
+        assert left["old.json"] == "second part" and len(left) == 4

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
+from benchmarks import step
 from benchmarks.memory import NAMES, component_row
 from benchmarks.step import Shape, axes, plain
 from megascale.config.resolve import resolve
@@ -48,3 +54,32 @@ def test_the_components_add_up_to_the_peak(name: str, recompute: str) -> None:
     if recompute == "none":
         assert ("experts" in has, "feed_forward" in has) == (("E=8" in name), ("E=8" not in name))
         assert "aggregator" not in has or "P=2" in name
+
+
+def test_on_a_gpu_one_model_is_there_at_a_time_and_one_that_fails_loses_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+    seen: list[int] = []
+
+    def make(fails: bool) -> Callable[[], None]:
+        model = nn.Linear(1, 1)
+        model.itself = [model]  # as compiled modules do
+        alive.add(model)
+        seen.append(len(alive))
+        if fails:
+            raise torch.OutOfMemoryError("no room")
+        return lambda: model(torch.zeros(1))
+
+    monkeypatch.setattr(step, "milliseconds", lambda device, runs, rounds: dict.fromkeys(runs, 2.0))
+    monkeypatch.setattr(step, "peak_allocated_mib", lambda device, run: 3.0)
+    makers = {name: (make, (name == "large",)) for name in ("plain", "large", "small")}
+    found = step.measured(torch.device("cuda"), makers, 1, memory=True)
+    assert seen == [1, 1, 1]
+    assert found["plain"] == found["small"] == {"ms": 2.0, "peak_mib": 3.0}
+    assert math.isnan(found["large"]["ms"]) and "no room" in found["large"]["failed"]
+
+
+def test_memory_is_that_of_the_batch_that_the_step_is_timed_with() -> None:
+    shape = Shape(width=64, layers=2, vocabulary=256, batch=16, length=32, precision="bf16", device="cuda")
+    rows = {batch: component_row("P=8", replace(shape, batch=batch), "none", torch.device("cpu")) for batch in (8, 16)}
+    assert [row["sequences"] for row in rows.values()] == [1, 2]
+    assert rows[16]["alive_mib"] == pytest.approx(2 * rows[8]["alive_mib"], rel=0.2)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megascale.commands.written import save
+from megascale.commands.written import check_writable, save
 from megascale.config.errors import InputError
 
 if TYPE_CHECKING:
@@ -158,7 +157,7 @@ def _fit(arguments: argparse.Namespace) -> None:
             raise InputError(
                 "--save", f"{arguments.save} does not end in .json", "name it so: other commands tell fits from laws by it"
             )
-        _check_writable(arguments.save, "--save")
+        check_writable(arguments.save, "--save")
     found = study(arguments.form, _table(arguments), _options(arguments), arguments.bootstrap)
     _print(arguments, found.facts(), report.study_text)
     if arguments.save is not None:
@@ -201,7 +200,7 @@ def _plot(arguments: argparse.Namespace) -> None:
 
     if not arguments.out.suffix:
         raise InputError("--out", f"{arguments.out} has no ending", "give a path that ends in .png, .pdf or .svg")
-    _check_writable(arguments.out, "--out")
+    check_writable(arguments.out, "--out")
     if arguments.runs is not None:
         form_named(arguments.law)
     if arguments.runs is None:
@@ -211,19 +210,6 @@ def _plot(arguments: argparse.Namespace) -> None:
     else:
         plot_study(study(arguments.law, _table(arguments), _options(arguments), arguments.bootstrap), arguments.x, arguments.out)
     print(f"wrote {arguments.out}")
-
-
-def _check_writable(path: Path, option: str) -> None:
-    """Refuse what cannot be written before a fit, which may take minutes. Leaves no file behind."""
-    reason = None
-    if path.is_dir():
-        reason = "it is a folder"
-    elif not path.parent.is_dir():
-        reason = f"there is no folder {path.parent}"
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
-        reason = "no permission"
-    if reason is not None:
-        raise InputError(option, f"{path} cannot be written: {reason}", "choose another file")
 
 
 def _table(arguments: argparse.Namespace) -> RunTable:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megascale.commands import plan_axes, plan_scaling
-from megascale.commands.written import save
+from megascale.commands.numbers import IMBALANCE, TOP
+from megascale.commands.written import check_writable, save
 from megascale.config.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from megascale.config.schema import Config, Schedule
     from megascale.plan.cluster import Cluster
     from megascale.plan.layouts import Found
-
-_TOP, _IMBALANCE = 10, 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,11 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--imbalance",
         type=float,
-        default=_IMBALANCE,
+        default=IMBALANCE,
         metavar="X",
         help="rows of the fullest expert rank over an even share; default: 1",
     )
-    parser.add_argument("--top", type=int, default=_TOP, metavar="N", help="layouts to show; default: 10")
+    parser.add_argument("--top", type=int, default=TOP, metavar="N", help="layouts to show; default: 10")
     parser.add_argument(
         "--write", type=Path, metavar="FILE", help="write the run with the fastest layout there; axes: that of a design"
     )
@@ -112,7 +111,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     from megascale.plan import published, report
 
-    unread = {**dict.fromkeys(("config", "cluster", "gpus", "tokens", "write", "slurm")), "top": _TOP, "imbalance": _IMBALANCE}
+    unread = {**dict.fromkeys(("config", "cluster", "gpus", "tokens", "write", "slurm")), "top": TOP, "imbalance": IMBALANCE}
     given = [name for name, default in unread.items() if getattr(arguments, name) != default]
     if given or arguments.overrides:
         raise InputError(
@@ -150,6 +149,9 @@ def _refuse_senseless(arguments: argparse.Namespace) -> None:
 
 def _refuse_unwritable(arguments: argparse.Namespace, loaded: LoadedConfig, cluster: Cluster, gpus: int) -> None:
     """What --write and --slurm could not write, before the search."""
+    for option, path in (("--write", arguments.write), ("--slurm", arguments.slurm)):
+        if path is not None:
+            check_writable(path, option)
     if arguments.write is not None and arguments.tokens is not None and loaded.config.schedule.phases:
         raise InputError("--tokens", "the run's phases fix its steps, and --write would change them", "leave --tokens out")
     each = min(cluster.devices_per_node, gpus)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megascale.commands.plan_scaling import whole_numbers
+from megascale.commands.numbers import IMBALANCE, TOP, whole_numbers
 from megascale.commands.written import save
 from megascale.config.errors import InputError
 
@@ -29,8 +29,8 @@ _OF_LAYOUTS = {
     "gpus": None,
     "tokens": None,
     "slurm": None,
-    "top": 10,
-    "imbalance": 1.0,
+    "top": TOP,
+    "imbalance": IMBALANCE,
     "check": False,
     "weak": False,
 }

@@ -8,9 +8,10 @@ import math
 import sys
 from typing import Any
 
+from megascale.commands.numbers import TOP, whole_numbers
 from megascale.config.errors import InputError
 
-_NOT_READ = {"write": None, "slurm": None, "top": 10, "check": False}
+_NOT_READ = {"write": None, "slurm": None, "top": TOP, "check": False}
 """what the verb takes for one number of GPUs, and its defaults"""
 
 
@@ -67,14 +68,6 @@ def facts_of(arguments: argparse.Namespace) -> dict[str, Any]:
     counts = gpus or usual_counts(config, cluster, arguments.weak)
     found = scale(config, cluster, counts, arguments.weak, arguments.imbalance, tokens)
     return scaling_facts(found, cluster, tokens)
-
-
-def whole_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Numbers with commas between, ascending, each once; InputError for other text."""
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError as error:
-        raise InputError(option, f"{text!r} is no list of whole numbers", "give for example 1,2,4") from error
 
 
 def _refuse_senseless(arguments: argparse.Namespace) -> None:

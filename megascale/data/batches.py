@@ -14,6 +14,7 @@ import torch
 
 from megascale.config.errors import InputError
 from megascale.data.corpus import Split
+from megascale.kernels.transfer import send
 from megascale.model.loss import IGNORED
 
 
@@ -34,10 +35,10 @@ class MicroBatch:
     documents: torch.Tensor
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on a device; from pinned memory without waiting. Documents stay: how many start where is counted on the host, because a
-        device would have to be waited for.
+        """The same on a device, without waiting for it. Documents stay: how many start where is counted on the host, because a device would
+        have to be waited for.
         """
-        tokens, labels, positions = (x.to(device, non_blocking=True) for x in (self.tokens, self.labels, self.positions))
+        tokens, labels, positions = (send(x, device) for x in (self.tokens, self.labels, self.positions))
         return MicroBatch(tokens, labels, positions, self.documents)
 
     @cached_property

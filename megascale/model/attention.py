@@ -13,6 +13,7 @@ from megascale.config.size import strided_layers
 from megascale.kernels.attention import attention
 from megascale.kernels.flash import flash_forward
 from megascale.kernels.merge import merge_by_lse
+from megascale.kernels.transfer import send
 from megascale.model.exchange import Exchange, Split, identity
 from megascale.model.layers import RMSNorm, rotary_table, rotate
 from megascale.model.streams import PrefixNetwork
@@ -70,11 +71,6 @@ def pack(
     if model.altup.form != "sequence":
         return packing
     return replace(packing, kept=keep(positions, packing, model.altup.stride, here))
-
-
-def send(x: Tensor, device: torch.device) -> Tensor:
-    """x on a device; from the host to a GPU without waiting for what the GPU does."""
-    return (x.pin_memory() if x.device.type == "cpu" and device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def keep(positions: Tensor, packing: Packing, stride: int, starts: Tensor) -> Kept:

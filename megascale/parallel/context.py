@@ -60,8 +60,8 @@ class ZigZag:
 
     def borders(self, documents: Tensor) -> tuple[Tensor, Tensor]:
         """Of documents [B, S]: where they, or a chunk, start among the tokens here; and for each of the two chunks the tokens here whose
-        document started before it, and where this document's keys stand among all (see `megascale.kernels.attention`; int64 [2, 4] on
-        the host).
+        document started before it, and where this document's keys stand among all (see `megascale.kernels.attention`; int64 [2, 4]). Both
+        are on the host.
         """
         width = documents.numel() // (2 * self.peers.ranks)
         if documents.is_meta:  # as if documents filled their sequences
@@ -78,7 +78,7 @@ class ZigZag:
             if before < first:
                 spans[number] = torch.tensor([here, here + after - first, before, first])
         borders = torch.cat([*local, torch.tensor([2 * width])]).to(torch.int32)
-        return borders.to(documents.device), spans
+        return borders, spans
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, prefixes: Prefixes, fused: bool | None
